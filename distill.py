@@ -1,0 +1,534 @@
+"""The main job: train a slow bidirectional teacher, then distil it into a causal student of two steps.
+
+    python distill.py --config tiny         # from nothing to out/tiny/sample.mp4, minutes on a laptop
+    python distill.py --config small        # from the bundled teacher, or --teacher PATH; else trains one first
+    python distill.py --config small --stage teacher            # one stage: teacher, init or dmd
+    python distill.py --config small --beta 0 --sync_window off      # every field of Config is an option
+
+Stages: syncnet and judge (the lip-sync experts), teacher (flow matching), init (diffusion forcing), dmd (distribution
+matching distillation with the sync window and the reward). Each saves to out/CONFIG/ and is skipped when its result is there.
+"""
+import copy
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import data
+import model as nn_model
+import syncnet
+from data import Fail
+from model import SIZES, Cache, Cond, DiT, mixed, to_float, unpatchify
+from sample import SHIFT, TIMES, add_noise, clock, dub_student, dub_teacher, guided, null_audio, shift, side_by_side, stream, tau
+
+
+@dataclasses.dataclass
+class Config(nn_model.Config):
+    config: str = "tiny"
+    stage: str = "all"              # teacher, init, dmd, or all of them
+    out: str = ""                   # out/CONFIG
+    teacher: str = ""               # a teacher's checkpoint to distil from
+    folder: str = ""                # train on the mp4s in this folder instead of drawn clips
+    device: str = ""
+    seed: int = 0
+    # data
+    clips: int = 700                # drawn clips in memory
+    clip_latents: int = 30          # latent frames in each (4.8 s); references come from outside the part being learned
+    latents: int = 12               # latent frames in a training sample (1.92 s; paper: 81 frames, 21 latents)
+    eval_clips: int = 16            # for the curves
+    table_clips: int = 16           # for the closing table
+    # lip-sync experts
+    sync_steps: int = 500
+    sync_batch: int = 16
+    # teacher
+    teacher_steps: int = 3000
+    teacher_batch: int = 16
+    teacher_lr: float = 6e-4
+    t_shift: float = 2.5            # training times are uniform, then shifted
+    weight_clip: float = 25.        # loss in velocity space: 1 / t^2, at most this
+    audio_drop: float = .12         # clips told nothing, for guidance
+    still: float = .2               # reference chunks that are one frame held still
+    teacher_ema: float = .998
+    # init (diffusion forcing); paper: 5,000 steps, lr 1e-5
+    init_steps: int = 150
+    init_batch: int = 16
+    landing: int = 30               # j of the student's second step (paper: 30)
+    init_lr: float = 2e-4
+    # dmd; paper: 600 student updates
+    dmd_steps: int = 60             # student updates
+    dmd_batch: int = 8
+    student_lr: float = 2e-5        # paper: 2e-6 for both nets
+    critic_lr: float = 4e-5
+    critic_updates: int = 5         # critic updates to one of the student (paper: 5)
+    guidance: float = 3.            # teacher's, inside the window (paper: 4.5)
+    sync_window: str = "on"         # teacher is guided in the window: on, off (no guidance), reversed, all (guided everywhere)
+    band_first: int = 20            # j of the 50-step grid (paper: 20)
+    band_last: int = 40             # (paper: 40)
+    beta: float = 1.                # reward: weight exp(beta Sync-C) (paper: 2); 0 turns it off
+    raw_weights: bool = False       # paper: True; False divides them by their mean over the batch
+    student_ema: float = .95
+    save_seconds: int = 120         # between resumable checkpoints
+
+    @property
+    def times(self):
+        return TIMES[0], tau(self.landing)
+
+
+PRESETS = {
+    "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=900, teacher_lr=2e-3, teacher_ema=.99,
+                 init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
+    "small": dict(SIZES["small"]),
+    "base": dict(SIZES["base"], clips=2000, teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
+                 dmd_steps=400, dmd_batch=16),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+class Batch(NamedTuple):
+    x0: torch.Tensor            # (B, L, N, P) float in [-1, 1]
+    reference: torch.Tensor     # the same shape: chunks of other moments
+    heard: torch.Tensor         # (B, L, W, MELS)
+    mel: torch.Tensor           # (B, 16 L, MELS), for the reward
+
+
+class Samples:
+    """Training samples out of a Bank, cut into patches once."""
+
+    def __init__(self, bank, cfg, device):
+        self.cfg, self.mel = cfg, bank.mel.to(device)
+        self.patches = torch.cat([nn_model.patchify(v[None], cfg.patch) for v in bank.video]).to(device)   # uint8
+        self.all_heard = nn_model.mel_windows(self.mel, cfg)
+        if self.patches.shape[1] < cfg.latents + cfg.chunk:
+            raise Fail(f"clips of {self.patches.shape[1]} latent frames leave no room for a reference outside {cfg.latents}; raise --clip_latents")
+
+    def draw(self, n, rng):
+        """-> Batch. The reference of each chunk is another moment, outside the sample itself: there it would give the answer away."""
+        cfg, total = self.cfg, self.patches.shape[1]
+        L, k = cfg.latents, cfg.chunk
+        pick = lambda high, *shape: torch.randint(high, shape, generator=rng)                         # noqa: E731
+        clip, first = pick(len(self.patches), n), pick(total - L + 1, n)
+        at = first[:, None] + torch.arange(L)                                                        # B L
+        starts = torch.empty(n, -(-L // k), dtype=torch.long)
+        for i, s in enumerate(first.tolist()):
+            free = torch.tensor([*range(0, s - k + 1), *range(s + L, total - k + 1)])
+            starts[i] = free[pick(len(free), starts.shape[1])]
+        where = (starts[..., None] + torch.arange(k)).flatten(1)[:, :L]
+        x0, reference = (to_float(self.patches[clip[:, None], w]) for w in (at, where))
+        # Some reference chunks are one frame held still, as at the start of a stream.
+        frames = reference.unflatten(-1, (4, -1))                                                     # B L N 4 3pp
+        still = (torch.rand(n, starts.shape[1], generator=rng) < cfg.still).repeat_interleave(k, 1)[:, :L].to(x0.device)
+        head = torch.arange(L, device=x0.device) // k * k
+        frozen = frames[:, head, :, :1].expand_as(frames).flatten(-2)
+        reference = torch.where(still[..., None, None], frozen, reference)
+        mel = torch.stack([self.mel[c, 16 * s:16 * (s + L)] for c, s in zip(clip, first)])
+        return Batch(x0, reference, self.all_heard[clip[:, None], at], mel)
+
+
+def held_out(n, cfg, split, device, latents=24):
+    """n dub pairs -> source and truth (n, T, S, S, 3) uint8, mel of the truth (n, 4 T, MELS)."""
+    pairs = [data.dub_pair(i, 4 * latents, cfg.size, split) for i in range(n)]
+    source, truth = (torch.stack([p[k].video for p in pairs]).to(device) for k in (0, 1))
+    return source, truth, torch.stack([data.log_mel(p[1].audio) for p in pairs]).to(device)
+
+
+def judged(dub, truth, mel, judge):
+    """dub, truth (n, T, S, S, 3) uint8 -> means over the clips: Sync-C, Sync-D, mouth PSNR (dB)."""
+    c, d, offset = syncnet.score(judge, dub, mel)
+    return dict(sync_c=c.mean().item(), sync_d=d.mean().item(), psnr=data.mouth_psnr(dub, truth).mean().item())
+
+
+# ------------------------------------------------------------------------------------------------------ logs, checkpoints
+class Log:
+    """One fixed-width line on the screen, one JSON object in log.jsonl, and curves.png."""
+
+    def __init__(self, folder, stage, steps, first=0):
+        self.path, self.folder, self.stage, self.steps, self.first, self.start = Path(folder) / "log.jsonl", folder, stage, steps, first, time.time()
+
+    def __call__(self, step, **values):
+        spent = time.time() - self.start
+        left = spent / max(1, step - self.first) * (self.steps - step)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(dict(stage=self.stage, step=step, seconds=round(spent, 1), **{k: round(v, 5) for k, v in values.items()})) + "\n")
+        if not all(abs(v) < float("inf") for v in values.values()):
+            raise Fail(f"{self.stage} step {step}: a value is not finite ({values}); lower the learning rate. The last good checkpoint is kept.")
+        print(f"{self.stage:8} step {step:5d}/{self.steps} | " + " | ".join(f"{k} {v:8.4g}" for k, v in values.items())
+              + f" | {spent:5.0f} s, {left:5.0f} s left", flush=True)
+
+    def curves(self):
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        rows = [json.loads(line) for line in open(self.path)]
+        panels = ["loss", "critic_loss", "sync_c", "psnr"]
+        figure, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
+        for axis, key in zip(axes, panels):
+            for stage in dict.fromkeys(r["stage"] for r in rows):
+                points = [(r["step"] / max(q["step"] for q in rows if q["stage"] == stage), r[key]) for r in rows if r["stage"] == stage and key in r]
+                if points:
+                    axis.plot(*zip(*points), label=stage, marker="." if len(points) < 40 else None)
+            axis.set(title={"sync_c": "Sync-C (judge)", "psnr": "mouth PSNR (dB)"}.get(key, key.replace("_", " ")), xlabel="share of the stage")
+            if axis.lines:
+                axis.legend()
+        figure.savefig(Path(self.folder) / "curves.png", dpi=80)
+        plt.close(figure)
+
+
+class Progress:
+    """What a stage needs to go on where it was stopped: networks, optimizers, step, random states."""
+
+    def __init__(self, cfg, stage, rng, **parts):
+        self.path, self.rng, self.parts, self.cfg = Path(cfg.out) / f"{stage}.resume.pt", rng, parts, cfg
+        self.saved, self.step = time.time(), 0
+        if self.path.is_file():
+            state = nn_model.load(self.path, "resume")
+            if state["model_config"] != model_fields(cfg):
+                raise Fail(f"{self.path} is of another model; delete it, or choose another --out")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            rng.set_state(state["rng"])
+            torch.set_rng_state(state["torch_rng"])
+            self.step = state["step"]
+            print(f"{stage}: going on after step {self.step}")
+
+    def save(self, step):
+        if time.time() - self.saved > self.cfg.save_seconds:
+            nn_model.save(self.path, kind="resume", step=step, model_config=model_fields(self.cfg), rng=self.rng.get_state(),
+                          torch_rng=torch.get_rng_state(), **{name: part.state_dict() for name, part in self.parts.items()})
+            self.saved = time.time()
+
+    def done(self):
+        self.path.unlink(missing_ok=True)
+
+
+def model_fields(cfg):
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(nn_model.Config)}
+
+
+def save_dit(path, net, cfg, stage, step):
+    nn_model.save(path, kind="dit", stage=stage, step=step, model_config=model_fields(cfg), made_with=dataclasses.asdict(cfg), model=net.state_dict())
+
+
+@torch.no_grad()
+def ema(average, net, decay, step):
+    """average <- decay average + (1 - decay) net; shorter at the beginning, when the weights are still far off."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+
+
+# -------------------------------------------------------------------------------------------------------------- teacher
+def masked_mse(model, x, y, weight=1.):
+    """Mean of weight (x - y)^2 over the masked pixels; weight a float or (B, L or 1). Outside, the answer is known."""
+    weight = weight[..., None, None] if torch.is_tensor(weight) else weight
+    return ((x - y) ** 2 * (weight * model.mask)).mean() / model.mask.mean()
+
+
+def flow_loss(model, x0, cond, audio, t, weight_clip):
+    """Flow matching with an x0 network, loss in velocity space: |v' - v|^2 = |x0' - x0|^2 / t^2, clipped. t (B, 1)."""
+    x0_hat = model(add_noise(x0, torch.randn_like(x0), t), t, cond, audio)
+    return masked_mse(model, x0_hat.float(), x0, (1 / t ** 2).clamp(max=weight_clip))
+
+
+def rate(step, steps):
+    """Warm-up over a twentieth, then a cosine to a tenth."""
+    done = step / steps
+    return min(1, step / (.05 * steps)) * (.55 + .45 * torch.tensor(done * torch.pi).cos().item())
+
+
+def optimizer_step(optimizer, net, lr):
+    """Clip the gradient at 1, step, clear. -> gradient norm."""
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def train_teacher(cfg, samples, judge, watch, device):
+    torch.manual_seed(cfg.seed)
+    rng = torch.Generator().manual_seed(cfg.seed)
+    model = DiT(nn_model.Config(**model_fields(cfg))).to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.teacher_lr, betas=(.9, .98), weight_decay=.01, fused=True)
+    progress = Progress(cfg, "teacher", rng, model=model, average=average, optimizer=optimizer)
+    log = Log(cfg.out, "teacher", cfg.teacher_steps, progress.step)
+    for step in range(progress.step + 1, cfg.teacher_steps + 1):
+        batch = samples.draw(cfg.teacher_batch, rng)
+        t = shift(torch.rand(cfg.teacher_batch, 1, generator=rng), cfg.t_shift).clamp(min=.02).to(device)
+        drop = (torch.rand(cfg.teacher_batch, generator=rng) < cfg.audio_drop).to(device)
+        with mixed(device):
+            cond, audio = model.embed_cond(batch.x0, batch.reference), model.embed_audio(batch.heard, drop)
+            loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip)
+        loss.backward()
+        norm = optimizer_step(optimizer, model, cfg.teacher_lr * rate(step, cfg.teacher_steps))
+        ema(average, model, cfg.teacher_ema, step)
+        if step % max(1, cfg.teacher_steps // 4) == 0:
+            source, truth, mel = watch
+            dub = dub_teacher(average, source, mel, steps=10, guidance=cfg.guidance, latents=cfg.latents)
+            log(step, loss=loss.item(), norm=norm, **judged(dub, truth, mel, judge))
+            log.curves()
+        elif step % max(1, cfg.teacher_steps // 40) == 0 or step == progress.step + 5:
+            log(step, loss=loss.item(), norm=norm)
+        progress.save(step)
+    save_dit(f"{cfg.out}/teacher.pt", average, cfg, "teacher", cfg.teacher_steps)
+    progress.done()
+
+
+# ------------------------------------------------------------------------------------------------ init: diffusion forcing
+def train_init(cfg, teacher, samples, judge, watch, device):
+    """The teacher's weights under causal attention; every chunk has its own noise level, one of the two of inference."""
+    torch.manual_seed(cfg.seed + 1)
+    rng = torch.Generator().manual_seed(cfg.seed + 1)
+    model = copy.deepcopy(teacher).train().requires_grad_(True)
+    average = copy.deepcopy(teacher)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.init_lr, betas=(.9, .98), weight_decay=.01, fused=True)
+    progress = Progress(cfg, "init", rng, model=model, average=average, optimizer=optimizer)
+    log, grid = Log(cfg.out, "init", cfg.init_steps, progress.step), torch.tensor(cfg.times)
+    for step in range(progress.step + 1, cfg.init_steps + 1):
+        batch = samples.draw(cfg.init_batch, rng)
+        level = torch.randint(2, (cfg.init_batch, -(-cfg.latents // cfg.chunk)), generator=rng)
+        t = grid[level].repeat_interleave(cfg.chunk, 1)[:, : cfg.latents].to(device)                 # B L
+        with mixed(device):
+            cond, audio = model.embed_cond(batch.x0, batch.reference), model.embed_audio(batch.heard)
+            x0_hat = model(add_noise(batch.x0, torch.randn_like(batch.x0), t), t, cond, audio, causal=True)
+            loss = masked_mse(model, x0_hat.float(), batch.x0)
+        loss.backward()
+        norm = optimizer_step(optimizer, model, cfg.init_lr * rate(step, cfg.init_steps))
+        ema(average, model, cfg.student_ema, step)
+        if step % max(1, cfg.init_steps // 4) == 0:
+            source, truth, mel = watch
+            log(step, loss=loss.item(), norm=norm, **judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
+            log.curves()
+        progress.save(step)
+    save_dit(f"{cfg.out}/init.pt", average, cfg, "init", cfg.init_steps)
+    progress.done()
+
+
+# ------------------------------------------------------------------------------------------------------------------ dmd
+def rollout(model, cond, audio, call, times, with_grad, device):
+    """Self-forcing: the student's own clip (B, L, N, P), chunk by chunk as at inference, stopped at the drawn `call` in every
+    chunk. Only that call carries gradient. cond, audio: the whole clip's, with gradient."""
+    L, chunk, outputs = cond.known.shape[1], model.cfg.chunk, []
+    cache = Cache(model, len(cond.known), torch.bfloat16 if mixed(device)._enabled else None)
+    for a in range(0, L, chunk):
+        part, heard = Cond(*(c[:, a:a + chunk] for c in cond)), audio[:, a:a + chunk]
+        still = Cond(*(c.detach() for c in part)), heard.detach()
+        x = torch.randn_like(part.known)
+        # Autocast remembers cast weights until its block ends, also those cast without gradient: one block a call.
+        for i in range(call):
+            with torch.no_grad(), mixed(device):
+                x0 = model(x, times[i], *still, cache=cache).float()
+            x = add_noise(x0, torch.randn_like(x0), times[i + 1])
+        with torch.enable_grad() if with_grad else torch.no_grad(), mixed(device):
+            x0 = model(x, times[call], part, heard, cache=cache).float()
+        outputs.append(x0)
+        with torch.no_grad(), mixed(device):
+            model(x0.detach(), 0., *still, cache=cache, write=True)
+    return torch.cat(outputs, 1)
+
+
+def in_window(t, cfg):
+    """(B,) times -> bool: is the teacher guided here? Paper Eq. 6: for j in [20, 40] of the grid, t in [.556, .882]."""
+    inside = (t >= tau(cfg.band_last)) & (t <= tau(cfg.band_first))
+    try:
+        return {"on": inside, "off": torch.zeros_like(inside), "reversed": ~inside, "all": torch.ones_like(inside)}[cfg.sync_window]
+    except KeyError:
+        raise Fail(f"--sync_window {cfg.sync_window}: on, off, reversed or all") from None
+
+
+@torch.no_grad()
+def real_score(teacher, x_t, t, cond, audio, cfg):
+    """The teacher's x0 (B, L, N, P), guided in the window only. t (B, 1)."""
+    r, inside = torch.empty_like(x_t), in_window(t[:, 0], cfg)
+    null = null_audio(teacher, audio.shape[1], len(audio))
+    for rows, scale in ((inside, cfg.guidance), (~inside, 1.)):
+        if rows.any():
+            r[rows] = guided(teacher, x_t[rows], t[rows], Cond(*(c[rows] for c in cond)), audio[rows], null[rows], scale).float()
+    return r
+
+
+def dmd_gradient(fake, real, X):
+    """g = (f - r) / mean |X - r|, the mean per sample. All (B, ...). Pixels outside the mask are equal in all three: they shrink this
+    mean and the loss's by the same factor, which cancels."""
+    return (fake - real) / (X - real).abs().flatten(1).mean(1).clamp(min=1e-6).view(-1, *[1] * (X.ndim - 1))
+
+
+def dmd_loss(X, g, weight):
+    """1/2 |X - sg(X - g)|^2, a sample at a time, weighted (B,).
+
+    Its value means nothing; its gradient is what counts. X - g is held constant, so d/dX of half the square is
+    X - (X - g) = g: the loss hands g to the student exactly as if g were the derivative of a loss in X,
+    and a descent step moves X along -g = r - f, from what the critic expects towards what the teacher expects."""
+    square = (X - (X - g).detach()) ** 2
+    return (.5 * square.flatten(1).mean(1) * weight).mean()
+
+
+@torch.no_grad()
+def reward_weights(net, X, mel, cfg):
+    """exp(beta Sync-C(X, audio)) of the reward network, without gradient -> weights (B,), Sync-C (B,)."""
+    c, _, _ = syncnet.score(net, unpatchify(X, cfg.patch), mel)
+    w = (cfg.beta * c).exp()
+    return (w if cfg.raw_weights else w / w.mean()), c
+
+
+def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
+    torch.manual_seed(cfg.seed + 2)
+    rng = torch.Generator().manual_seed(cfg.seed + 2)
+    student, average = student.train().requires_grad_(True), copy.deepcopy(student).requires_grad_(False)
+    critic = copy.deepcopy(teacher).train().requires_grad_(True)
+    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0., .999), weight_decay=.01, fused=True)  # noqa: E731
+    optimizer, critic_optimizer = adam(student, cfg.student_lr), adam(critic, cfg.critic_lr)
+    iterations = cfg.dmd_steps * cfg.critic_updates
+    progress = Progress(cfg, "dmd", rng, student=student, average=average, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
+    log, values = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), {}
+    draw_t = lambda: shift(torch.rand(cfg.dmd_batch, 1, generator=rng), SHIFT).clamp(.001, .999).to(device)         # noqa: E731
+    for i in range(progress.step + 1, iterations + 1):
+        moves = i % cfg.critic_updates == 0
+        batch, call = samples.draw(cfg.dmd_batch, rng), torch.randint(len(cfg.times), (), generator=rng).item()
+        with torch.enable_grad() if moves else torch.no_grad(), mixed(device):
+            cond, audio = student.embed_cond(batch.x0, batch.reference), student.embed_audio(batch.heard)
+        X = rollout(student, cond, audio, call, cfg.times, moves, device)
+        if moves:
+            t = draw_t()
+            with torch.no_grad(), mixed(device):
+                x_t = add_noise(X, torch.randn_like(X), t)
+                real = real_score(teacher, x_t, t, teacher.embed_cond(batch.x0, batch.reference), teacher.embed_audio(batch.heard), cfg)
+                fake = critic(x_t, t, critic.embed_cond(batch.x0, batch.reference), critic.embed_audio(batch.heard)).float()
+            weight, c = reward_weights(reward, X.detach(), batch.mel, cfg)
+            loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
+            loss.backward()
+            values.update(loss=loss.item(), norm=optimizer_step(optimizer, student, cfg.student_lr), reward=c.mean().item(), weight=weight.mean().item())
+            ema(average, student, cfg.student_ema, i // cfg.critic_updates)
+        X = X.detach()
+        with mixed(device):
+            t = draw_t()
+            cond, audio = critic.embed_cond(batch.x0, batch.reference), critic.embed_audio(batch.heard)
+            critic_loss = flow_loss(critic, X, cond, audio, t, cfg.weight_clip)
+        critic_loss.backward()
+        optimizer_step(critic_optimizer, critic, cfg.critic_lr)
+        values["critic_loss"] = critic_loss.item()
+        step = i // cfg.critic_updates
+        if moves and step % max(1, cfg.dmd_steps // 6) == 0:
+            source, truth, mel = watch
+            log(step, **values, **judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
+            log.curves()
+        elif moves and step % max(1, cfg.dmd_steps // 30) == 0:
+            log(step, **values)
+        progress.save(i)
+    save_dit(f"{cfg.out}/student.pt", average, cfg, "student", cfg.dmd_steps)
+    progress.done()
+
+
+# -------------------------------------------------------------------------------------------------------------- the job
+def closing_table(cfg, teacher, student, judge, device, spent):
+    """Held-out dub pairs: teacher against student; then what each stage took."""
+    source, truth, mel = held_out(cfg.table_clips, cfg, "held-out", device)
+    one, audio, T = source[0], data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
+    rows = [("truth", judged(truth, truth, mel, judge), None)]
+    for name, scale in (("teacher, 50 steps, unguided", 1.), (f"teacher, 50 steps, guidance {cfg.guidance:g}", cfg.guidance)):
+        dub = dub_teacher(teacher, source, mel, guidance=scale, latents=cfg.latents)
+        speed = clock((dub_teacher(teacher, one[None, :T], mel[:1, :4 * T], guidance=scale)[0] for _ in range(1)), device)
+        rows.append((name, judged(dub, truth, mel, judge), speed))
+    list(stream(student, one[:24], audio, cfg.times))                                                # warm up
+    speed = clock(stream(student, one, audio, cfg.times), device)
+    rows.append(("student, 2 steps a chunk", judged(dub_student(student, source, mel, cfg.times), truth, mel, judge), speed))
+    print(f"\n{cfg.table_clips} held-out people dubbed to other words, {len(one) / data.FPS:.2f} s each, judged by an expert that trained on other people\n"
+          f"{'':30} {'Sync-C':>7} {'Sync-D':>7} {'PSNR dB':>8} {'FPS':>7} {'TTFF ms':>8}")
+    for name, q, speed in rows:
+        timing = f"{q['psnr']:8.2f} {speed[0]:7.1f} {1000 * speed[1]:8.1f}" if speed else ""
+        print(f"{name:30} {q['sync_c']:7.3f} {q['sync_d']:7.3f} {timing}")
+    print("PSNR: in the mouth mask, against the exact dub. TTFF: from the first chunk's pixels and samples in memory to its first frame as uint8.\n"
+          + "Took: " + ", ".join(f"{k} {v:.0f} s" for k, v in spent.items()))
+
+
+# What a result depends on: the fields of Config down to this one, less those that only say where and how much is shown.
+DEPENDS = {"syncnet": "sync_batch", "judge": "sync_batch", "teacher": "teacher_ema", "init": "init_lr", "student": "student_ema"}
+FREE = {"stage", "out", "device", "teacher", "eval_clips", "table_clips"}
+
+
+def locate(name, cfg):
+    """The checkpoint of a finished stage, or None: made here before; beside --teacher; bundled. Fail: made here with other settings."""
+    here = Path(cfg.out) / f"{name}.pt"
+    if name == "teacher" and cfg.teacher:
+        data.need_file(cfg.teacher)
+        return Path(cfg.teacher)
+    if here.is_file():
+        was = nn_model.load(here, "syncnet" if name in ("syncnet", "judge") else "dit")["made_with"]
+        names = [f.name for f in dataclasses.fields(cfg)]
+        for f in names[: names.index(DEPENDS[name]) + 1]:
+            if f not in FREE and was.get(f) != getattr(cfg, f):
+                raise Fail(f"{here} was made with --{f} {was.get(f)}, not {getattr(cfg, f)}; delete it, or choose another --out")
+        return here
+    if name in ("teacher", "syncnet", "judge") and cfg.stage != name:
+        for folder in ([Path(cfg.teacher).parent] if cfg.teacher else []) + [Path(__file__).parent / "weights" / cfg.config]:
+            if (folder / f"{name}.pt").is_file():
+                return folder / f"{name}.pt"
+    return None
+
+
+def load_matching(path, cfg, device):
+    """load_dit, and Fail if it is a network of another shape."""
+    net = nn_model.load_dit(path, device).requires_grad_(False)
+    for f, value in dataclasses.asdict(net.cfg).items():
+        if value != getattr(cfg, f):
+            raise Fail(f"{path}: {f} is {value} there and {getattr(cfg, f)} in --config {cfg.config}; use the config that it was made with")
+    return net
+
+
+def main(argv):
+    cfg = data.options(Config, argv, __doc__, {name: dict(fields, config=name) for name, fields in PRESETS.items()})
+    if cfg.stage not in ("all", "teacher", "init", "dmd"):
+        raise Fail(f"--stage {cfg.stage}: teacher, init, dmd or all")
+    in_window(torch.ones(1), cfg)
+    cfg.out = cfg.out or f"out/{cfg.config}"
+    data.free_space(cfg.out, 500 << 20)
+    device, spent, banks = nn_model.find_device(cfg.device), {}, {}
+    print(f"{cfg.config} on {device} ({torch.get_num_threads()} threads, bf16 {'on' if mixed(device)._enabled else 'off'}), results in {cfg.out}/", flush=True)
+
+    def bank(split):
+        if split not in banks:
+            begun = time.time()
+            banks[split] = data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips, split, cfg.folder if split == "train" else "")
+            spent["data"] = spent.get("data", 0) + time.time() - begun
+            print(f"data: {len(banks[split].video)} clips of {4 * cfg.clip_latents / data.FPS:.1f} s ({split}), {time.time() - begun:.0f} s", flush=True)
+        return banks[split]
+
+    def stage(name, train, load):
+        path = locate(name, cfg)
+        if path is None:
+            begun, before = time.time(), spent.get("data", 0)
+            train(f"{cfg.out}/{name}.pt")
+            spent[name] = time.time() - begun - spent.get("data", 0) + before
+            path = f"{cfg.out}/{name}.pt"
+        else:
+            print(f"{name}: {path}", flush=True)
+        return load(path)
+
+    expert = lambda split, seed: lambda path: syncnet.train(                                         # noqa: E731
+        path, syncnet.Config(size=cfg.size), bank(split), cfg.sync_steps, cfg.sync_batch, seed, device,
+        data.Bank(cfg.size, 96, 32, "watch"), dataclasses.asdict(cfg))
+    load_expert = lambda path: syncnet.load_syncnet(path, device)                                    # noqa: E731
+    reward = stage("syncnet", expert("train", cfg.seed + 10), load_expert)
+    judge = stage("judge", expert("judge", cfg.seed + 20), load_expert)
+    banks.pop("judge", None)
+    watch, samples = held_out(cfg.eval_clips, cfg, "watch", device), functools.cache(lambda: Samples(bank("train"), cfg, device))
+    if locate("teacher", cfg) is None and cfg.stage != "teacher":
+        print(f"no teacher in weights/{cfg.config}/ and none named by --teacher: training one first; the time left is in each line below")
+    load_net = lambda path: load_matching(path, cfg, device)                                         # noqa: E731
+    teacher = stage("teacher", lambda _: train_teacher(cfg, samples(), judge, watch, device), load_net)
+    if cfg.stage == "teacher":
+        return
+    init = stage("init", lambda _: train_init(cfg, teacher, samples(), judge, watch, device), load_net)
+    if cfg.stage == "init":
+        return
+    student = stage("student", lambda _: train_dmd(cfg, teacher, init, samples(), reward, judge, watch, device), load_net)
+    side_by_side(f"{cfg.out}/sample.mp4", student, [data.dub_pair(i, 96, cfg.size) for i in range(3)], scale=256 // cfg.size)
+    closing_table(cfg, teacher, student, judge, device, spent)
+    print(f"{cfg.out}/sample.mp4: source | dub | truth; {cfg.out}/curves.png, {cfg.out}/log.jsonl: how training went")
+
+
+if __name__ == "__main__":
+    data.run(main)

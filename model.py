@@ -1,0 +1,357 @@
+"""The network: one diffusion transformer (DiT) for teacher and student. Only their attention differs.
+
+    python model.py                 # the sizes, their parameters and FLOPs
+
+A video (B, T, H, W, 3) in [-1, 1] lives here as patches (B, L, N, P): L = T/4 latent frames of N tokens, each token
+4 frames x p x p pixels, P = 12 p p values. The paper gets the same footprint from a VAE (4 x 8 x 8) and 1 x 2 x 2
+patches; here the network sees the pixels and predicts the clean video x0 (arXiv 2511.13720 shows that to work).
+
+The input of a token is three patches side by side: the noisy video, the source with the mouth hidden, and a reference
+(the same person at another moment). The output is composited with the source outside the mouth mask, where the answer is known.
+"""
+import dataclasses
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+from data import MELS, Fail
+
+SILENCE = (-5 + 1.5) / 3        # log-mel of nothing, for the frames before and after a file
+MAX_LATENTS = 256               # RoPE table; streaming uses the first window + sink of it, however long the video
+
+
+@dataclasses.dataclass
+class Config:
+    size: int = 64              # pixels, the model's square (paper: 512)
+    patch: int = 16             # pixels, a token's square
+    width: int = 256            # D
+    depth: int = 8              # blocks
+    heads: int = 4              # h
+    chunk: int = 3              # latent frames generated at a time (paper: 3)
+    sink: int = 1               # first latent frames that are always attended to (paper: 1)
+    window: int = 6             # latest latent frames attended to, the chunk included (paper: 6)
+    audio_back: int = 16        # mel frames (10 ms) heard before a latent frame's own 16
+    audio_ahead: int = 12       # and after: the look-ahead, 120 ms, part of the latency
+
+
+SIZES = {
+    "tiny": dict(size=32, patch=8, width=96, depth=4, heads=3),
+    "small": dict(size=64, patch=16, width=256, depth=8, heads=4),
+    "base": dict(size=128, patch=16, width=384, depth=12, heads=6),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ patches
+def patchify(video, p):
+    """(B, T, H, W, 3) -> (B, T/4, (H/p)(W/p), 12 p p). Exact inverse: unpatchify."""
+    B, T, H, W, _ = video.shape
+    if T % 4 or H % p or W % p:
+        raise Fail(f"a video of {T} frames of {W}x{H} does not split into tokens of 4 frames x {p} x {p} pixels")
+    x = video.reshape(B, T // 4, 4, H // p, p, W // p, p, 3)                      # B L f nh p nw p c
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, T // 4, (H // p) * (W // p), 12 * p * p)
+
+
+def unpatchify(x, p):
+    """(B, L, N, 12 p p) -> (B, 4 L, p sqrt(N), p sqrt(N), 3)."""
+    B, L, N, _ = x.shape
+    n = int(N ** .5)
+    x = x.reshape(B, L, n, n, 4, p, p, 3)                                         # B L nh nw f p p c
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, 4 * L, n * p, n * p, 3)
+
+
+def to_float(video):
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return video.float() / 127.5 - 1
+
+
+def to_uint8(video):
+    """float in [-1, 1] -> uint8 0..255."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def mel_windows(mel, cfg, start=0, latents=None):
+    """mel (B, M, MELS), 16 frames to a latent frame -> (B, L, back + 16 + ahead, MELS): what each latent frame hears, from
+    latent frame `start` on. Each window stands alone, so a chunk's audio features are those of the whole file."""
+    latents = mel.shape[1] // 16 - start if latents is None else latents
+    lo, hi = 16 * start - cfg.audio_back, 16 * (start + latents) + cfg.audio_ahead
+    part = mel[:, max(0, lo):hi]
+    part = F.pad(part, (0, 0, max(0, -lo), hi - max(0, lo) - part.shape[1]), value=SILENCE)
+    return part.unfold(1, cfg.audio_back + 16 + cfg.audio_ahead, 16).transpose(2, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+def visible(c, cfg):
+    """The latent frames whose keys chunk c attends to, in order: the sink and the latest `window`, its own included. A
+    key's RoPE position is its place in this list, so positions never grow. The only definition of the window."""
+    end = (c + 1) * cfg.chunk
+    return sorted({*range(min(cfg.sink, end)), *range(max(0, end - cfg.window), end)})
+
+
+def rope_table(cfg):
+    """(MAX_LATENTS, N, 2, head / 2) cosines and sines; half of a head turns with the latent frame, a quarter each with row and column."""
+    n, head = cfg.size // cfg.patch, cfg.width // cfg.heads
+    turns = lambda positions, pairs: positions[:, None] * 100. ** -(torch.arange(pairs) / pairs)      # noqa: E731
+    time, space = turns(torch.arange(float(MAX_LATENTS)), head // 4), turns(torch.arange(float(n)), head // 8)
+    angle = torch.cat([time[:, None, None].expand(-1, n, n, -1), space[:, None].expand(MAX_LATENTS, n, n, -1),
+                       space[None].expand(MAX_LATENTS, n, n, -1)], -1).flatten(1, 2)
+    return torch.stack([angle.cos(), angle.sin()], 2)
+
+
+def rotate(x, table):
+    """RoPE. x (B, h, S, d), table (S/N latent frames, N, 2, d/2)."""
+    cos, sin = table.flatten(0, 1).unbind(1)                                      # each (S, d/2)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend_all(q, k, v, rope, cfg):
+    """Bidirectional: every latent frame sees every other. q, k, v (B, h, L N, d), before RoPE."""
+    table = rope[: q.shape[2] // rope.shape[1]]
+    return F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v)
+
+
+def attend_chunks(q, k, v, rope, cfg):
+    """Causal over a whole clip: one dense call a chunk over exactly the keys, at exactly the positions, of streaming. No
+    mask, so that the fused kernels apply. A last chunk may be short."""
+    N, outputs = rope.shape[1], []
+    for c, q_c in enumerate(q.split(cfg.chunk * N, 2)):
+        frames = [f for f in visible(c, cfg) if f * N < q.shape[2]]
+        new, table = q_c.shape[2] // N, rope[: len(frames)]
+        # The window is the sink and one run: two slices at the most.
+        runs = [(frames[0], frames[0] + len(frames))] if frames[-1] - frames[0] < len(frames) else [(0, cfg.sink), (frames[cfg.sink], frames[-1] + 1)]
+        take = lambda x: torch.cat([x[:, :, a * N:b * N] for a, b in runs], 2)   # noqa: E731
+        outputs.append(F.scaled_dot_product_attention(rotate(q_c, table[-new:]), rotate(take(k), table), take(v)))
+    return torch.cat(outputs, 2)
+
+
+class Cache:
+    """Keys (before RoPE) and values of what the next chunk sees of the past, per block. Fixed memory: sink + window - chunk latent
+    frames, however long the video. One pass at t = 0 writes a finished chunk (`write=True`); other passes only read."""
+
+    def __init__(self, model, batch, dtype=None):
+        cfg, parameter = model.cfg, model.head.weight
+        n = (cfg.size // cfg.patch) ** 2
+        shape = (cfg.depth, 2, batch, cfg.heads, (cfg.sink + cfg.window - cfg.chunk) * n, cfg.width // cfg.heads)
+        self.cfg, self.kv = cfg, torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device)
+        self.chunks, self.frames = 0, []         # chunks written; the latent frames held, in order
+
+    def attend(self, i, q, k, v, rope, write):
+        """Block i's attention over the cached and the new keys; with `write`, keep what the next chunk will see."""
+        N = rope.shape[1]
+        past = len(self.frames) * N
+        k = torch.cat([self.kv[i, 0, :, :, :past].to(k.dtype), k], 2)
+        v = torch.cat([self.kv[i, 1, :, :, :past].to(v.dtype), v], 2)
+        table = rope[: k.shape[2] // N]
+        if write:
+            held = self.frames + list(range(self.chunks * self.cfg.chunk, (self.chunks + 1) * self.cfg.chunk))
+            rows = torch.tensor([held.index(f) for f in self.kept()], device=k.device)
+            rows = (rows[:, None] * N + torch.arange(N, device=k.device)).flatten()
+            self.kv[i, 0, :, :, : len(rows)] = k.detach().index_select(2, rows)
+            self.kv[i, 1, :, :, : len(rows)] = v.detach().index_select(2, rows)
+            if i == self.cfg.depth - 1:
+                self.frames, self.chunks = self.kept(), self.chunks + 1
+                return None                      # the last block's output is nobody's key
+        return F.scaled_dot_product_attention(rotate(q, table[-(q.shape[2] // N):]), rotate(k, table), v)
+
+    def kept(self):
+        """The past latent frames that the chunk after this one sees."""
+        return [f for f in visible(self.chunks + 1, self.cfg) if f < (self.chunks + 1) * self.cfg.chunk]
+
+
+# ------------------------------------------------------------------------------------------------------------- the DiT
+class Cond(NamedTuple):
+    """What the source gives: known (B, L, N, P), the source with the mouth hidden; tokens (B, L, N, D), it and the reference embedded."""
+    known: torch.Tensor
+    tokens: torch.Tensor
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.width
+        self.cfg = cfg
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.q_scale, self.k_scale = nn.Parameter(torch.ones(D // cfg.heads)), nn.Parameter(torch.ones(D // cfg.heads))
+        self.modulation = nn.Parameter(torch.zeros(6, D))        # added to the shared one: adaLN-single, arXiv 2310.00426
+
+    def forward(self, x, mod, audio, attend):
+        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each (B, h, L N, d) -> the same or None."""
+        B, L, N, D = x.shape
+        h = self.cfg.heads
+        shift, scale, gate, shift2, scale2, gate2 = (mod + self.modulation)[:, :, None].unbind(3)  # each B L 1 D
+        x = x + audio[:, :, None]
+        y = F.layer_norm(x, (D,)) * (1 + scale) + shift
+        q, k, v = self.qkv(y).view(B, L * N, 3, h, D // h).permute(2, 0, 3, 1, 4)                  # each B h LN d
+        y = attend(F.rms_norm(q, (D // h,), self.q_scale), F.rms_norm(k, (D // h,), self.k_scale), v)
+        if y is None:
+            return None
+        x = x + gate * self.out(y.transpose(1, 2).reshape(B, L, N, D))
+        y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
+        return x + gate2 * self.down(F.silu(self.up(y)))
+
+
+class DiT(nn.Module):
+    """x0 = DiT(x_t, t, cond, audio). Condition and audio are embedded once (`embed_cond`, `embed_audio`) for any number of steps."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, p = cfg.width, cfg.patch
+        if cfg.size % p or p % 4 or D % cfg.heads or (D // cfg.heads) % 8 or cfg.window < cfg.chunk:
+            raise Fail(f"model: size {cfg.size} must be a multiple of patch {p}, patch of 4, width {D} of 8 x heads {cfg.heads}, and window at least chunk")
+        self.cfg, self.n, self.m = cfg, cfg.size // p, p // 4
+        self.from_noisy, self.from_cond = nn.Linear(12 * p * p, D), nn.Linear(24 * p * p, D)
+        self.place = nn.Parameter(torch.randn(self.n ** 2, D) * .02)
+        self.time = nn.Sequential(nn.Linear(128, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 8 * D))
+        self.hear = nn.ModuleList([nn.Conv1d(MELS, 96, 3, 2, 1), nn.Conv1d(96, 96, 3, 2, 1)])
+        self.hear_out = nn.Linear(96 * ((cfg.audio_back + 16 + cfg.audio_ahead + 3) // 4), D)
+        self.null_audio = nn.Parameter(torch.zeros(D))           # what the network hears when it is told nothing
+        self.audio_to_blocks = nn.Linear(D, cfg.depth * D)
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.depth)])
+        # Each token writes a square of 1.5 p; neighbours overlap under raised-cosine windows, so that no seam shows.
+        q = p + 2 * self.m
+        self.head = nn.Linear(D, 12 * q * q)
+        ramp = torch.sin((torch.arange(2 * self.m) + .5) / (2 * self.m) * torch.pi / 2) ** 2
+        axis = torch.cat([ramp, torch.ones(q - 4 * self.m), ramp.flip(0)])
+        mask = data.mouth_mask(cfg.size)[None, None, :, :, None].expand(1, 4, -1, -1, 3)
+        for name, value in dict(rope=rope_table(cfg), overlap=axis, mask=patchify(mask, p)[0, 0]).items():
+            self.register_buffer(name, value, persistent=False)
+        self.apply(lambda m: nn.init.zeros_(m.bias) if isinstance(m, (nn.Linear, nn.Conv1d)) else None)
+        nn.init.zeros_(self.time[-1].weight)                     # gates start shut
+        nn.init.normal_(self.head.weight, std=.2 / D ** .5)
+
+    def embed_cond(self, source, reference):
+        """source, reference: patches (B, L, N, P) in [-1, 1]; what the source shows under the mask is not read."""
+        known = source * (1 - self.mask)
+        return Cond(known, self.from_cond(torch.cat([known, reference], -1)) + self.place)
+
+    def embed_audio(self, windows, drop=None):
+        """windows (B, L, back + 16 + ahead, MELS) -> (B, L, depth, D); drop (B,) bool: told nothing (guidance's null)."""
+        B, L, W, M = windows.shape
+        y = windows.reshape(B * L, W, M).transpose(1, 2)
+        for conv in self.hear:
+            y = F.silu(conv(y))
+        y = self.hear_out(y.flatten(1)).view(B, L, -1)
+        if drop is not None:
+            y = torch.where(drop.view(B, 1, 1), self.null_audio.to(y.dtype), y)
+        return self.audio_to_blocks(y).view(B, L, self.cfg.depth, -1)
+
+    def forward(self, x_t, t, cond, audio, causal=False, cache=None, write=False):
+        """x_t (B, L, N, P): noisy patches; t (B, L), (B, 1) or a float in 0..1: their noise level -> x0 (B, L, N, P).
+
+        Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk, and `write`
+        stores it as finished (then x_t is clean, t is 0, and nothing is returned)."""
+        B, L, N, _ = x_t.shape
+        if L > MAX_LATENTS and not causal:
+            raise Fail(f"{L} latent frames at once, at most {MAX_LATENTS}; stream it, or cut it into windows")
+        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1, 1) if not torch.is_tensor(t) or t.ndim < 2 else t
+        freq = 1000 * t[..., None] * torch.exp(-torch.arange(64, device=t.device) / 64 * 9.21)
+        mod = self.time(torch.cat([freq.cos(), freq.sin()], -1)).unflatten(-1, (8, -1))           # B L|1 8 D
+        x = self.from_noisy(x_t) + cond.tokens
+        for i, block in enumerate(self.blocks):
+            if cache is not None:
+                attend = lambda q, k, v, i=i: cache.attend(i, q, k, v, self.rope, write)          # noqa: E731
+            else:
+                attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
+            x = block(x, mod[..., :6, :], audio[:, :, i], attend)
+        if x is None:
+            return None
+        shift, scale = mod[:, :, None, 6:].unbind(3)
+        x = self.head(F.layer_norm(x, (x.shape[-1],)) * (1 + scale) + shift)
+        return cond.known + self.mask * self.overlap_add(x)
+
+    def overlap_add(self, x):
+        """(B, L, N, 12 q q), squares of q = 1.5 p pixels -> (B, L, N, 12 p p): neighbours added where they overlap."""
+        B, L, N, _ = x.shape
+        n, p, m = self.n, self.cfg.patch, self.m
+        x = x.view(B * L, n, n, 4, p + 2 * m, (p + 2 * m) * 3)                    # BL row column f y x·c
+        x = x * self.overlap[:, None] * self.overlap.repeat_interleave(3)
+        for axis, size, unit in ((1, 4, 1), (2, 5, 3)):                           # rows, then columns
+            first, own, last = x.split([m * unit, p * unit, m * unit], size)
+            own = own.clone()
+            later, earlier = own.narrow(axis, 1, n - 1), own.narrow(axis, 0, n - 1)
+            later.narrow(size, 0, m * unit).add_(last.narrow(axis, 0, n - 1))     # what the neighbour before wrote here
+            earlier.narrow(size, (p - m) * unit, m * unit).add_(first.narrow(axis, 1, n - 1))
+            x = own
+        return x.reshape(B, L, N, 12 * p * p)
+
+
+# -------------------------------------------------------------------------------------------------- devices, checkpoints
+def find_device(name=""):
+    """The named device, or the best there is."""
+    if name:
+        try:
+            return torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError) as e:
+            raise Fail(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def mixed(device):
+    """bf16 autocast where the hardware multiplies it: any recent GPU, CPUs with AVX-512 BF16 or AMX."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        fast = bool(has.get("avx512_bf16") or has.get("amx_tile"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def save(path, **state):
+    """torch.save under another name, then rename: never half a checkpoint."""
+    data.free_space(os.path.dirname(path) or ".", 64 << 20)
+    partial = f"{path}.writing"
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:
+        raise Fail(f"{path}: could not be saved ({str(e).splitlines()[0]}); make room or choose another --out") from None
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+def load(path, kind):
+    """A checkpoint of this project -> dict. Fail: missing, broken, or of another kind."""
+    data.need_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["kind"]
+    except Exception as e:  # torch.load raises anything from KeyError to UnpicklingError on a file that is none of ours
+        raise Fail(f"{path}: not a checkpoint of this project ({type(e).__name__}); make one with distill.py") from None
+    if found != kind:
+        raise Fail(f"{path}: a {found} checkpoint where a {kind} is needed")
+    return state
+
+
+def load_dit(path, device="cpu"):
+    """-> DiT in evaluation mode, from a teacher or student checkpoint."""
+    state = load(path, "dit")
+    model = DiT(Config(**state["model_config"]))
+    model.load_state_dict({k: v.float() for k, v in state["model"].items()})
+    return model.to(device).eval()
+
+
+def flops(cfg, latents, keys=None):
+    """Multiply-adds times two of one forward pass over `latents` latent frames, each attending to `keys` latent frames."""
+    N, D, P = (cfg.size // cfg.patch) ** 2, cfg.width, 12 * cfg.patch ** 2
+    linear = cfg.depth * 12 * D * D + D * P * (3 + 2.25)
+    return 2 * latents * N * (linear + cfg.depth * 2 * D * N * (keys or latents))
+
+
+def main(argv):
+    if argv:
+        print(__doc__)
+        return
+    print(f"{'':8}{'parameters':>12}{'tokens/latent':>15}{'GFLOP a chunk':>15}")
+    for name, size in SIZES.items():
+        cfg = Config(**size)
+        count = sum(p.numel() for p in DiT(cfg).parameters())
+        print(f"{name:8}{count / 1e6:>11.1f}M{(cfg.size // cfg.patch) ** 2:>15}{3 * flops(cfg, cfg.chunk, cfg.sink + cfg.window) / 1e9:>15.2f}")
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,310 @@
+"""Dub a video: the teacher's many-step sampler, and the student that streams chunk by chunk in two denoising steps.
+
+    python sample.py                                            # a held-out drawn face and voice: out/dub.mp4
+    python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4
+    python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128 --weights out/tiny/student.pt
+
+From Python (frames come as soon as they are made; source and audio may be longer than memory):
+
+    for frames in stream(student, source, audio):               # (12, S, S, 3) uint8, 0.48 s at a time
+        show(frames)
+
+Flow matching: x_t = (1 - t) x0 + t eps, so t = 0 is clean and t = 1 is noise, and the velocity is v = eps - x0.
+"""
+import dataclasses
+import itertools
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import model as nn_model
+import syncnet
+from data import FPS, RATE, Fail
+from model import Cache, Cond, load_dit, mel_windows, mixed, patchify, to_float, to_uint8, unpatchify
+
+SHIFT = 5.                  # paper: 5
+STEPS = 50                  # the teacher's grid (paper: 50)
+TIMES = (.999, .769)        # the student's two steps: noise, and j = 30 of the grid (paper: the same)
+
+
+# ---------------------------------------------------------------------------------------------------- flow-matching time
+def shift(u, s=SHIFT):
+    """Time shift: u in 0..1 -> t in 0..1, more of it near noise for s > 1."""
+    return s * u / (1 + (s - 1) * u)
+
+
+def tau(j, steps=STEPS, s=SHIFT):
+    """The time of index j of the shifted grid: j = 0 is noise, j = steps is clean; j = 20, 30, 40 of 50 are .882, .769, .556."""
+    return shift(1 - j / steps, s)
+
+
+def per_latent(t, x):
+    """t, a float or (B, L or 1) -> something that broadcasts over patches x (B, L, N, P)."""
+    return t[..., None, None] if torch.is_tensor(t) else t
+
+
+def add_noise(x0, eps, t):
+    """x_t = (1 - t) x0 + t eps."""
+    t = per_latent(t, x0)
+    return (1 - t) * x0 + t * eps
+
+
+def to_velocity(x_t, x0, t):
+    """v = (x_t - x0) / t, for t > 0."""
+    return (x_t - x0) / per_latent(t, x0)
+
+
+def to_x0(x_t, v, t):
+    """x0 = x_t - t v."""
+    return x_t - per_latent(t, v) * v
+
+
+# ------------------------------------------------------------------------------------------------------------ conditions
+def held_still(frame, latents):
+    """The patches of one frame (B, 1, S, S, 3), repeated for that many latent frames."""
+    return frame.expand(-1, 4 * latents, -1, -1, -1)
+
+
+def previous_chunk(source, cfg):
+    """The reference at inference: the source one chunk ago, never the frames being replaced; at the start its first frame, held
+    still. source (B, T, S, S, 3) -> the same shape."""
+    n = 4 * cfg.chunk
+    return torch.cat([held_still(source[:, :1], min(cfg.chunk, source.shape[1] // 4)), source[:, :-n]], 1)
+
+
+def conditions(model, source, mel, start=0):
+    """source (B, T, S, S, 3) float in [-1, 1], T from latent frame `start` on; mel (B, M, MELS) of the whole file -> Cond, audio."""
+    cfg = model.cfg
+    cond = model.embed_cond(patchify(source, cfg.patch), patchify(previous_chunk(source, cfg), cfg.patch))
+    return cond, model.embed_audio(mel_windows(mel, cfg, start, source.shape[1] // 4))
+
+
+# --------------------------------------------------------------------------------------------------- teacher: many steps
+def guided(model, x_t, t, cond, audio, null, guidance):
+    """x0_null + s (x0_audio - x0_null), one forward pass of twice the batch; s = 1 is the conditional prediction alone."""
+    if guidance == 1:
+        return model(x_t, t, cond, audio)
+    twice = lambda x: torch.cat([x, x])                                       # noqa: E731
+    t = twice(t.expand(x_t.shape[0], -1)) if torch.is_tensor(t) else t
+    with_audio, without = model(twice(x_t), t, Cond(*map(twice, cond)), torch.cat([audio, null])).chunk(2)
+    return without + guidance * (with_audio - without)
+
+
+def null_audio(model, latents, batch):
+    """embed_audio of nothing, for guidance: (batch, latents, depth, D)."""
+    null = model.audio_to_blocks(model.null_audio).view(1, 1, model.cfg.depth, -1)
+    return null.expand(batch, latents, -1, -1)
+
+
+@torch.no_grad()
+def euler(model, cond, audio, steps=STEPS, guidance=1., rng=None):
+    """Noise -> x0 patches (B, L, N, P) along the shifted grid by Euler steps of the velocity."""
+    x = torch.randn(cond.known.shape, generator=rng).to(cond.known.device)
+    null = null_audio(model, x.shape[1], x.shape[0])
+    for j in range(steps):
+        t, following = tau(j, steps), tau(j + 1, steps)
+        x0 = guided(model, x, t, cond, audio, null, guidance).float()
+        x = x + (following - t) * to_velocity(x, x0, t) if following > 0 else x0
+    return x
+
+
+@torch.no_grad()
+def dub_teacher(model, source, mel, steps=STEPS, guidance=1., latents=12, seed=0):
+    """Dub whole clips with the bidirectional model, in windows of `latents` latent frames, the length it was trained on (the last
+    window is moved back to end with the clip). source (B, T, S, S, 3) uint8, mel (B, 4 T, MELS) -> uint8 like source."""
+    rng, L = torch.Generator().manual_seed(seed), source.shape[1] // 4
+    source, out = to_float(source), torch.empty_like(source)
+    with mixed(source.device):
+        reference = patchify(previous_chunk(source, model.cfg), model.cfg.patch)
+        for a in range(0, L, latents):
+            a = max(0, min(a, L - latents))
+            b = min(L, a + latents)
+            cond = model.embed_cond(patchify(source[:, 4 * a:4 * b], model.cfg.patch), reference[:, a:b])
+            x = euler(model, cond, model.embed_audio(mel_windows(mel, model.cfg, a, b - a)), steps, guidance, rng)
+            out[:, 4 * a:4 * b] = to_uint8(unpatchify(x, model.cfg.patch))
+    return out
+
+
+# ------------------------------------------------------------------------------------------- student: two steps a chunk
+@torch.no_grad()
+def generate(model, conditions, times=TIMES, rng=None):
+    """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each.
+
+    Three passes a chunk: noise -> x0, re-noised with fresh noise -> x0, and, after the chunk is handed over, one at t = 0 that
+    writes the cache for the next."""
+    cache = None
+    for cond, audio in conditions:
+        device = cond.known.device
+        cache = cache or Cache(model, len(cond.known), torch.bfloat16 if torch.is_autocast_enabled(device.type) else None)
+        noise = lambda: torch.randn(cond.known.shape, generator=rng).to(device)   # noqa: E731, B023
+        with mixed(device):
+            for i, t in enumerate(times):
+                x = add_noise(x0, noise(), t) if i else noise()              # noqa: F821
+                x0 = model(x, t, cond, audio, cache=cache).float()
+        yield x0
+        with mixed(device):
+            model(x0, 0., cond, audio, cache=cache, write=True)
+
+
+def dub_student(model, source, mel, times=TIMES, seed=0):
+    """Dub a batch of whole clips chunk by chunk. source (B, T, S, S, 3) uint8, T a multiple of a chunk's frames -> uint8 like source."""
+    rng, L = torch.Generator().manual_seed(seed), model.cfg.chunk
+    with mixed(source.device), torch.no_grad():
+        cond, audio = conditions(model, to_float(source), mel)
+    parts = [(Cond(cond.known[:, a:a + L], cond.tokens[:, a:a + L]), audio[:, a:a + L]) for a in range(0, audio.shape[1], L)]
+    return torch.cat([to_uint8(unpatchify(x, model.cfg.patch)) for x in generate(model, parts, times, rng)], 1)
+
+
+def stream(model, source, audio, times=TIMES, seed=0):
+    """Dub a stream. source: an iterable of (S, S, 3) uint8 frames at 25 fps; audio: (samples,) float32 at 16 kHz, anything
+    that slices. Yields (n, S, S, 3) uint8, n = 12 frames (0.48 s; less at the end). Holds one chunk, the one before, and the cache."""
+    cfg, device = model.cfg, model.head.weight.device
+    n = 4 * cfg.chunk
+    lengths = []
+
+    def chunks():
+        frames, before = iter(source), None
+        for c in itertools.count():
+            taken = list(itertools.islice(frames, n))
+            if not taken:
+                return
+            lengths.append(len(taken))
+            picture = torch.stack([torch.as_tensor(f) for f in taken + taken[-1:] * (n - len(taken))])[None]
+            if picture.shape[2:] != (cfg.size, cfg.size, 3):
+                raise Fail(f"frames of {tuple(picture.shape[2:])} where the model needs ({cfg.size}, {cfg.size}, 3); see data.square")
+            picture = to_float(picture.to(device))
+            mel = chunk_mel(audio, c, cfg).to(device)
+            with mixed(device), torch.no_grad():
+                reference = held_still(picture[:, :1], cfg.chunk) if before is None else before
+                cond = model.embed_cond(patchify(picture, cfg.patch), patchify(reference, cfg.patch))
+                heard = model.embed_audio(mel)
+            before = picture
+            yield cond, heard
+
+    for c, x0 in enumerate(generate(model, chunks(), times, torch.Generator().manual_seed(seed))):
+        yield to_uint8(unpatchify(x0, cfg.patch))[0, : lengths[c]].cpu()
+
+
+def chunk_mel(audio, c, cfg):
+    """The log-mel windows of chunk c, from its own samples and the look-ahead only: (1, chunk, back + 16 + ahead, MELS)."""
+    margin = -(-max(cfg.audio_back, cfg.audio_ahead) // 4) + 1               # video frames; one more for the mel's own window
+    lo, hi = 4 * cfg.chunk * c - margin, 4 * cfg.chunk * (c + 1) + margin
+    per = RATE // FPS
+    part = np.asarray(audio[max(0, lo * per):hi * per], dtype=np.float32)
+    part = np.pad(part, (max(0, -lo * per), hi * per - max(0, lo * per) - len(part)))
+    mel = data.log_mel(part)[None, 4 * margin - cfg.audio_back: len(part) // data.HOP - 4 * margin + cfg.audio_ahead]
+    return mel.unfold(1, cfg.audio_back + 16 + cfg.audio_ahead, 16).transpose(2, 3)
+
+
+def clock(frames_of, device):
+    """Time an iterable of uint8 frames (n, S, S, 3): (frames a second, seconds to the first frame). Pixels and samples are in
+    memory when the clock starts; everything from there to uint8 frames in host memory is included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun, first, count = time.perf_counter(), None, 0
+    for frames in frames_of:
+        frames.cpu()
+        first = first or time.perf_counter() - begun
+        count += len(frames)
+    return count / (time.perf_counter() - begun), first
+
+
+# ------------------------------------------------------------------------------------------------- dubbing real footage
+def play(path, total):
+    """Yield `total` frames of a video, back and forth if it is shorter. Then its frames are kept in a file on disk, not in memory."""
+    duration, width, height = data.probe(path)
+    short = not duration or duration * FPS < total + 2
+    if short:
+        data.free_space(tempfile.gettempdir(), int((duration or 60) * FPS + 2) * width * height * 3)
+    with tempfile.TemporaryFile() as spool:
+        n = 0
+        for frame in itertools.islice(data.read_video(path), total):
+            if short:
+                spool.write(frame.numpy().tobytes())
+            yield frame
+            n, shape = n + 1, frame.shape
+        for k in range(n, total):
+            k %= max(1, 2 * n - 2)
+            spool.seek((k if k < n else 2 * n - 2 - k) * shape.numel())
+            yield torch.frombuffer(bytearray(spool.read(shape.numel())), dtype=torch.uint8).view(shape)
+
+
+def paste(frame, dub, box, mask):
+    """Put dub (S, S, 3) uint8 into frame (H, W, 3) uint8 at box, through the mask (side, side, 1). The rest stays as it was."""
+    x, y, side = box
+    up = F.interpolate(dub.permute(2, 0, 1)[None].float(), size=(side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+    frame = frame.clone()
+    cut = frame[y:y + side, x:x + side].float()
+    frame[y:y + side, x:x + side] = torch.lerp(cut, up, mask).round().clamp(0, 255).to(torch.uint8)
+    return frame
+
+
+def dub_file(model, cfg):
+    """cfg.video with the sound of cfg.audio -> cfg.out, as long as the sound, at the video's own size."""
+    audio = data.read_audio(cfg.audio)
+    total = -(-len(audio) * FPS // RATE)
+    source = play(cfg.video, total)
+    first = next(source)
+    box = data.parse_box(cfg.box, first)
+    mask = F.interpolate(data.mouth_mask(model.cfg.size)[None, None], size=(box[2], box[2]), mode="bilinear", align_corners=False)[0, 0, :, :, None]
+    frames, kept = itertools.chain([first], source), []
+
+    def squares():
+        for frame in frames:
+            kept.append(frame)
+            yield data.square(frame, model.cfg.size, box)
+
+    height, width = first.shape[:2]
+    begun = time.time()
+    with data.write_video(cfg.out, (width, height), cfg.audio) as put:
+        for dub in stream(model, squares(), audio, seed=cfg.seed):
+            for picture in dub:
+                put(paste(kept.pop(0), picture, box, mask).numpy())
+    print(f"{cfg.out}: {total} frames, {width}x{height}, in {time.time() - begun:.1f} s ({total / (time.time() - begun):.0f} frames a second)")
+
+
+def side_by_side(path, model, pairs, seed=0, scale=4):
+    """Dub drawn (source, truth) pairs, source | dub | truth, one after another, with the dub's sound -> an mp4."""
+    size, frames, sound = model.cfg.size, [], []
+    for source, truth in pairs:
+        dub = torch.cat(list(stream(model, source.video, truth.audio, seed=seed)))
+        frames.append(torch.cat([source.video, dub, truth.video], 2))
+        sound.append(truth.audio)
+    frames = torch.cat(frames)
+    big = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2) if scale > 1 else frames
+    with data.write_video(path, (3 * size * scale, size * scale), np.concatenate(sound)) as put:
+        for frame in big:
+            put(frame.numpy())
+    return frames
+
+
+@dataclasses.dataclass
+class Options:
+    video: str = dataclasses.field(default="", metadata=dict(help="the recording to dub; a held-out drawn face if not given"))
+    audio: str = dataclasses.field(default="", metadata=dict(help="the sound to dub it with; the video's own if not given"))
+    out: str = dataclasses.field(default="out/dub.mp4", metadata=dict(help="where the dubbed video goes"))
+    box: str = dataclasses.field(default="", metadata=dict(help="X,Y,SIDE of the face in pixels; the centred square if not given"))
+    weights: str = dataclasses.field(default="", metadata=dict(help="a student's checkpoint; else the bundled one, else what distill.py made last"))
+    device: str = dataclasses.field(default="", metadata=dict(help="cuda, mps or cpu; the best there is if not given"))
+    seed: int = 0
+
+
+def main(argv):
+    cfg = data.options(Options, argv, __doc__)
+    if cfg.audio and not cfg.video:
+        raise Fail("--audio without --video: which recording should it dub?")
+    model = load_dit(syncnet.find_weights("student", cfg.weights), nn_model.find_device(cfg.device))
+    if cfg.video:
+        cfg.audio = cfg.audio or cfg.video
+        return dub_file(model, cfg)
+    pair = data.dub_pair(1000 + cfg.seed, 96, model.cfg.size)
+    side_by_side(cfg.out, model, [pair], cfg.seed)
+    print(f"{cfg.out}: source | dub | truth, 3.84 s, a face and a voice that training never saw")
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,168 @@
+"""The lip-sync expert: do this mouth and this sound belong together, and if not, how many frames apart are they?
+
+    python syncnet.py --video CLIP.mp4                  # Sync-C, Sync-D and offset of any clip with sound
+    python syncnet.py --video CLIP.mp4 --audio X.wav    # with other sound; --box X,Y,SIDE where the face is
+    python syncnet.py --video CLIP.mp4 --weights out/tiny/judge.pt
+
+Two towers (after SyncNet, Chung and Zisserman 2016): 5 video frames of the lower face, and the 20 mel frames that go with
+them, each to a unit vector. Trained by InfoNCE over the moments of one clip, where the only thing that tells right from
+wrong is the timing. distill.py trains two, on different people: `syncnet` gives the reward, `judge` only judges.
+"""
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import model
+from data import MELS, Fail
+
+SPAN = 5            # video frames that one decision looks at
+REACH = 15          # offsets -15..15 video frames
+
+
+@dataclasses.dataclass
+class Config:
+    size: int = 64          # side of the pictures it was trained on; others are resized
+    channels: int = 32
+    embed: int = 64
+
+
+class SyncNet(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        c, self.cfg = cfg.channels, cfg
+        self.height, self.width = cfg.size // 2, cfg.size * 3 // 4           # the lower half, less an eighth at either side
+        self.frame = nn.Sequential(nn.Conv2d(3, c, 5, 2, 2), nn.SiLU(), nn.Conv2d(c, 2 * c, 3, 2, 1), nn.SiLU(),
+                                   nn.Conv2d(2 * c, 3 * c, 3, 2, 1), nn.SiLU(), nn.Flatten(1),
+                                   nn.Linear(3 * c * -(-self.height // 8) * -(-self.width // 8), 4 * c), nn.SiLU())
+        self.span = nn.Sequential(nn.Conv1d(4 * c, 4 * c, SPAN), nn.SiLU(), nn.Conv1d(4 * c, cfg.embed, 1))
+        # 5, then 4 at stride 4, then 4: each output sees 20 mel frames and the next one starts 4 later.
+        self.sound = nn.Sequential(nn.Conv1d(MELS, 4 * c, 5), nn.SiLU(), nn.Conv1d(4 * c, 4 * c, 4, 4), nn.SiLU(),
+                                   nn.Conv1d(4 * c, 4 * c, 4), nn.SiLU(), nn.Conv1d(4 * c, cfg.embed, 1))
+        self.log_scale = nn.Parameter(torch.tensor(2.5))
+
+    def forward(self, video, mel):
+        """video (B, T, S, S, 3) in [-1, 1], mel (B, 4 T, MELS) -> two (B, T - 4, embed), of unit length."""
+        B, T, S, _, _ = video.shape
+        x = video[:, :, S // 2:, S // 8: S - S // 8].reshape(B * T, S - S // 2, -1, 3).permute(0, 3, 1, 2)
+        if x.shape[2:] != (self.height, self.width):
+            x = F.interpolate(x, size=(self.height, self.width), mode="bilinear", antialias=True, align_corners=False)
+        v = self.span(self.frame(x.contiguous(memory_format=torch.channels_last)).view(B, T, -1).transpose(1, 2))
+        a = self.sound(mel.transpose(1, 2))
+        return F.normalize(v.float().transpose(1, 2), dim=-1), F.normalize(a.float().transpose(1, 2), dim=-1)
+
+
+def nce(v, a, scale):
+    """InfoNCE over the moments of each clip, both ways. v, a (B, n, E) -> loss, and how often the right moment wins."""
+    logits = scale * v @ a.transpose(1, 2)                                   # B n n
+    target = torch.arange(v.shape[1], device=v.device).expand(v.shape[0], -1)
+    loss = (F.cross_entropy(logits.transpose(1, 2), target) + F.cross_entropy(logits, target)) / 2
+    return loss, (logits.argmax(2) == target).float().mean()
+
+
+def sync(v, a):
+    """Sync-C, Sync-D, offset from the two embeddings (B, n, E) -> three (B,) tensors.
+
+    Mean distance over a clip at each offset -15..15; Sync-D is the least, Sync-C the median less the least (Chung and Zisserman
+    2016). Offset in video frames, positive where the sound comes late."""
+    n = v.shape[1]
+    reach = min(REACH, n - 1)
+    curve = torch.stack([(v[:, max(0, -o): n - max(0, o)] - a[:, max(0, o): n - max(0, -o)]).norm(dim=-1).mean(1)
+                         for o in range(-reach, reach + 1)], 1)              # B, 31
+    least, where = curve.min(1)
+    return curve.median(1).values - least, least, where - reach
+
+
+@torch.no_grad()
+def score(net, video, mel):
+    """net's Sync-C, Sync-D, offset, each (B,). video (B, T, S, S, 3) in [-1, 1] or uint8; mel (B, 4 T, MELS). Fail: under 12 frames."""
+    if video.shape[1] < 12:
+        raise Fail(f"{video.shape[1]} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
+    video = model.to_float(video) if video.dtype == torch.uint8 else video
+    with model.mixed(video.device):
+        return sync(*net(video, mel))
+
+
+def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None):
+    """Train an expert on `bank` (data.Bank) and save it to `path`; `held_out` is a Bank too. Prints held-out accuracy."""
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    net = SyncNet(cfg).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=.1)
+    T, start = min(48, bank.video.shape[1]), time.time()
+    for step in range(1, steps + 1):
+        clip = torch.randint(len(bank.video), (batch,), generator=rng)
+        first = torch.randint(bank.video.shape[1] - T + 1, (batch,), generator=rng)
+        video = torch.stack([bank.video[i, s:s + T] for i, s in zip(clip, first)]).to(device)
+        mel = torch.stack([bank.mel[i, 4 * s:4 * (s + T)] for i, s in zip(clip, first)]).to(device)
+        mel = mel + .05 * torch.randn(batch, 1, 1, generator=rng).to(device)             # level
+        video = model.to_float(video) * (1 + .1 * torch.randn(batch, 1, 1, 1, 1, generator=rng).to(device))
+        with model.mixed(device):
+            v, a = net(video, mel)
+        loss, accuracy = nce(v, a, net.log_scale.exp().clamp(max=100))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // 5) == 0 or step == 1:
+            right, _, offset = score(net, held_out.video.to(device), held_out.mel.to(device))
+            wrong, _, _ = score(net, held_out.video.to(device), held_out.mel.roll(1, 0).to(device))
+            print(f"{Path(path).stem:8} step {step:5d}/{steps} | loss {loss:6.3f} | right moment {accuracy:5.1%} | held-out: offset within a frame "
+                  f"{(offset.abs() <= 1).float().mean():4.0%}, Sync-C {right.mean():.3f}, wrong audio {wrong.mean():.3f} | {time.time() - start:4.0f} s", flush=True)
+    if not torch.isfinite(loss):
+        raise Fail(f"{Path(path).stem}: the loss became {loss.item()}; lower the rate or look at the data")
+    model.save(path, kind="syncnet", config=dataclasses.asdict(cfg), model=net.state_dict(), seed=seed, steps=steps, made_with=made_with)
+
+
+def load_syncnet(path, device="cpu"):
+    state = model.load(path, "syncnet")
+    net = SyncNet(Config(**state["config"]))
+    net.load_state_dict({k: v.float() for k, v in state["model"].items()})
+    return net.to(device).eval().requires_grad_(False)
+
+
+@dataclasses.dataclass
+class Options:
+    video: str = dataclasses.field(default="", metadata=dict(help="the clip to judge"))
+    audio: str = dataclasses.field(default="", metadata=dict(help="judge it with this sound instead of its own"))
+    box: str = dataclasses.field(default="", metadata=dict(help="X,Y,SIDE of the face in pixels; the centred square if not given"))
+    weights: str = dataclasses.field(default="", metadata=dict(help="a judge's checkpoint; else the bundled one, else what distill.py made last"))
+    device: str = dataclasses.field(default="", metadata=dict(help="cuda, mps or cpu; the best there is if not given"))
+
+
+def find_weights(name, given=""):
+    """The checkpoint called `name`: as given, bundled, or made here. Fail: none."""
+    here = Path(__file__).parent
+    for path in [Path(given)] if given else [here / f"weights/small/{name}.pt", here / f"out/small/{name}.pt", here / f"out/tiny/{name}.pt"]:
+        if path.is_file():
+            return path
+    if given:
+        raise Fail(f"{given}: no such file")
+    raise Fail(f"no {name} yet: run python distill.py --config tiny first (minutes), or name one on the command line")
+
+
+def main(argv):
+    cfg = data.options(Options, argv, __doc__)
+    if not cfg.video:
+        raise Fail("which clip? --video CLIP.mp4; --help shows examples")
+    device = model.find_device(cfg.device)
+    net = load_syncnet(find_weights("judge", cfg.weights), device)
+    mel_of = cfg.audio or cfg.video
+    audio = data.read_audio(mel_of)
+    box, frames = None, []
+    for frame in data.read_video(cfg.video):
+        box = box or data.parse_box(cfg.box, frame)
+        frames.append(data.square(frame, net.cfg.size, box))
+    n = min(len(frames), len(audio) * data.FPS // data.RATE)
+    mel = data.log_mel(audio[: n * data.RATE // data.FPS])
+    c, d, offset = (x.item() for x in score(net, torch.stack(frames[:n])[None].to(device), mel[None].to(device)))
+    print(f"Sync-C {c:.3f}  Sync-D {d:.3f}  offset {offset:+d} frames ({1000 * offset // data.FPS:+d} ms)  over {n} frames")
+
+
+if __name__ == "__main__":
+    data.run(main)
