@@ -160,7 +160,7 @@ def person(seed):
     return dict(
         skin=skin, hair=hair.clip(.02, .95), lip=skin * np.array([.86, .58, .58]) + np.array([u(0, .10), 0, u(0, .04)]),
         eye=np.array([u(.1, .4), u(.15, .5), u(.1, .6)]), back=rng.uniform(.1, .9, (2, 3)), cloth=rng.uniform(.05, .8, 3),
-        width=u(.66, .78), height=u(.86, .95), chin=u(1.9, 2.6), eye_y=u(-.33, -.24), eye_x=u(.27, .33), eye_r=u(.10, .13),
+        width=u(.66, .78), height=u(.82, .90), chin=u(1.9, 2.6), eye_y=u(-.33, -.24), eye_x=u(.27, .33), eye_r=u(.10, .13),
         brow=u(.02, .045), nose=u(.07, .11), mouth_y=u(.45, .53), mouth_w=u(.30, .38), lip_up=u(.035, .065), lip_low=u(.05, .085),
         hairline=u(-.72, -.5), long=u() < .4, beard=u(.25, .8) if u() < .3 else 0., beard_y=u(.15, .45), glasses=u() < .22,
         light=rng.normal(0, 1, 2) * .12, gloss=u(.0, .10),
@@ -210,8 +210,8 @@ def draw(seed, frames, size, text=None, voice=None, detail=None):
     yaw, pitch = column(.05 * wander(rng, t, .05, .5)), column(.02 * wander(rng, t, .05, .6))
     u, v = x - yaw, y - pitch
     opening = column(lips[:, 0] * p["strength"])
-    # The jaw: below the nose the face is stretched down as the mouth opens.
-    yj = y - .07 * opening * ((y - .15) * 1.6).clamp(0, 1)
+    # The jaw: below the nose the face is stretched down as the mouth opens. Only inside the mouth mask, or it would tell.
+    yj = y - .08 * opening * ((y - .2) * 1.6).clamp(0, 1) * (1 - (u / .44) ** 2).clamp(min=0)
 
     if p["long"]:
         paint(coverage(ellipse(x, y, 0, .15, p["width"] + .13, 1.15), k), p["hair"])
@@ -337,7 +337,7 @@ def mouth_mask(size):
     """(S, S) float in 0..1: 1 where the model must invent the picture. Soft over a 24th of the side, so that no edge shows."""
     axis = (torch.arange(size) + .5) / size
     ramp = lambda a, lo, hi: ((a - lo) * 24).clamp(0, 1) * ((hi - a) * 24).clamp(0, 1)                # noqa: E731
-    return ramp(axis, .54, .99)[:, None] * ramp(axis, .12, .88)[None, :]
+    return ramp(axis, .54, .99)[:, None] * ramp(axis, .20, .80)[None, :]
 
 
 def mouth_psnr(video, truth):
@@ -384,7 +384,7 @@ def read_audio(path):
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
         raise Fail(f"{path}: no sound could be read ({ffmpeg_lines(done.stderr)}); give a file with sound, --audio X.wav for instance")
-    audio = np.frombuffer(done.stdout, np.float32)
+    audio = np.frombuffer(bytearray(done.stdout), np.float32)
     if not len(audio):
         raise Fail(f"{path}: its sound is empty (0 samples)")
     if not np.isfinite(audio).all():
@@ -471,8 +471,8 @@ class write_video:
         if isinstance(self.audio, np.ndarray):
             extra["audio_path"] = str(Path(self.folder.name) / "sound.wav")
             soundfile.write(extra["audio_path"], self.audio, RATE)
-        self.writer = imageio_ffmpeg.write_frames(str(self.partial), self.size, fps=FPS, codec="libx264", quality=8, macro_block_size=2, ffmpeg_log_level="error",
-                                                  output_params=["-movflags", "+faststart"], **extra)
+        self.writer = imageio_ffmpeg.write_frames(str(self.partial), self.size, fps=FPS, codec="libx264", quality=8, macro_block_size=2,
+                                                  ffmpeg_log_level="error", output_params=["-movflags", "+faststart"], **extra)
         self.writer.send(None)
         return self.put
 
@@ -516,7 +516,7 @@ def options(cls, argv, usage, presets=None):
     if presets:
         parser.add_argument("--config", choices=list(presets), default=next(iter(presets)))
     for field in dataclasses.fields(cls):
-        if field.name != "config":
+        if field.name != "config" or not presets:
             boolean = {"type": lambda s: {"0": False, "1": True, "false": False, "true": True}[s.lower()]} if field.type is bool else {"type": field.type}
             parser.add_argument("--" + field.name, metavar=field.type.__name__.upper(), **boolean,
                                 help=f"{field.metadata.get('help', '')} (default {field.default})")

@@ -22,7 +22,7 @@ import data
 import model as nn_model
 import syncnet
 from data import Fail
-from model import SIZES, Cache, Cond, DiT, mixed, to_float, unpatchify
+from model import SIZES, Cache, Cond, DiT, mixed
 from sample import SHIFT, TIMES, add_noise, clock, dub_student, dub_teacher, guided, null_audio, shift, side_by_side, stream, tau
 
 
@@ -47,9 +47,9 @@ class Config(nn_model.Config):
     # teacher
     teacher_steps: int = 3000
     teacher_batch: int = 16
-    teacher_lr: float = 6e-4
-    t_shift: float = 2.5            # training times are uniform, then shifted
-    weight_clip: float = 25.        # loss in velocity space: 1 / t^2, at most this
+    teacher_lr: float = 1.5e-3
+    t_shift: float = 5.             # training times are uniform, then shifted
+    weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
     teacher_ema: float = .998
@@ -79,7 +79,7 @@ class Config(nn_model.Config):
 
 
 PRESETS = {
-    "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=900, teacher_lr=2e-3, teacher_ema=.99,
+    "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
     "small": dict(SIZES["small"]),
     "base": dict(SIZES["base"], clips=2000, teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
@@ -89,10 +89,15 @@ PRESETS = {
 
 # ---------------------------------------------------------------------------------------------------------------- data
 class Batch(NamedTuple):
-    x0: torch.Tensor            # (B, L, N, P) float in [-1, 1]
+    source: torch.Tensor        # (B, L, N, 2 P) float in [-1, 1]: see patchify
     reference: torch.Tensor     # the same shape: chunks of other moments
     heard: torch.Tensor         # (B, L, W, MELS)
     mel: torch.Tensor           # (B, 16 L, MELS), for the reward
+
+    @property
+    def x0(self):
+        """(B, L, N, P) float32: the lower half, what is to be generated."""
+        return self.source[..., self.source.shape[-1] // 2:].float()
 
 
 class Samples:
@@ -101,7 +106,8 @@ class Samples:
     def __init__(self, bank, cfg, device):
         self.cfg, self.mel = cfg, bank.mel.to(device)
         self.patches = torch.cat([nn_model.patchify(v[None], cfg.patch) for v in bank.video]).to(device)   # uint8
-        self.all_heard = nn_model.mel_windows(self.mel, cfg)
+        self.heard = nn_model.mel_windows(self.mel, cfg)
+        self.dtype = torch.bfloat16 if mixed(device)._enabled else torch.float32
         if self.patches.shape[1] < cfg.latents + cfg.chunk:
             raise Fail(f"clips of {self.patches.shape[1]} latent frames leave no room for a reference outside {cfg.latents}; raise --clip_latents")
 
@@ -111,21 +117,20 @@ class Samples:
         L, k = cfg.latents, cfg.chunk
         pick = lambda high, *shape: torch.randint(high, shape, generator=rng)                         # noqa: E731
         clip, first = pick(len(self.patches), n), pick(total - L + 1, n)
-        at = first[:, None] + torch.arange(L)                                                        # B L
+        at = first[:, None] + torch.arange(L)                                                         # B L
         starts = torch.empty(n, -(-L // k), dtype=torch.long)
         for i, s in enumerate(first.tolist()):
             free = torch.tensor([*range(0, s - k + 1), *range(s + L, total - k + 1)])
             starts[i] = free[pick(len(free), starts.shape[1])]
         where = (starts[..., None] + torch.arange(k)).flatten(1)[:, :L]
-        x0, reference = (to_float(self.patches[clip[:, None], w]) for w in (at, where))
+        source, reference = self.patches[clip[:, None], at], self.patches[clip[:, None], where]
         # Some reference chunks are one frame held still, as at the start of a stream.
-        frames = reference.unflatten(-1, (4, -1))                                                     # B L N 4 3pp
-        still = (torch.rand(n, starts.shape[1], generator=rng) < cfg.still).repeat_interleave(k, 1)[:, :L].to(x0.device)
-        head = torch.arange(L, device=x0.device) // k * k
-        frozen = frames[:, head, :, :1].expand_as(frames).flatten(-2)
-        reference = torch.where(still[..., None, None], frozen, reference)
+        for b, c in (torch.rand(starts.shape, generator=rng) < cfg.still).nonzero().tolist():
+            chunk = reference[b, c * k:(c + 1) * k].unflatten(-1, (2, 4, -1))                         # k N half f 3pp
+            chunk[:] = chunk[:1, :, :, :1].clone()
+        source, reference = (x.to(self.dtype).sub_(127.5).div_(127.5) for x in (source, reference))
         mel = torch.stack([self.mel[c, 16 * s:16 * (s + L)] for c, s in zip(clip, first)])
-        return Batch(x0, reference, self.all_heard[clip[:, None], at], mel)
+        return Batch(source, reference, self.heard[clip[:, None], at], mel)
 
 
 def held_out(n, cfg, split, device, latents=24):
@@ -260,7 +265,7 @@ def train_teacher(cfg, samples, judge, watch, device):
         t = shift(torch.rand(cfg.teacher_batch, 1, generator=rng), cfg.t_shift).clamp(min=.02).to(device)
         drop = (torch.rand(cfg.teacher_batch, generator=rng) < cfg.audio_drop).to(device)
         with mixed(device):
-            cond, audio = model.embed_cond(batch.x0, batch.reference), model.embed_audio(batch.heard, drop)
+            cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
             loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip)
         loss.backward()
         norm = optimizer_step(optimizer, model, cfg.teacher_lr * rate(step, cfg.teacher_steps))
@@ -292,7 +297,7 @@ def train_init(cfg, teacher, samples, judge, watch, device):
         level = torch.randint(2, (cfg.init_batch, -(-cfg.latents // cfg.chunk)), generator=rng)
         t = grid[level].repeat_interleave(cfg.chunk, 1)[:, : cfg.latents].to(device)                 # B L
         with mixed(device):
-            cond, audio = model.embed_cond(batch.x0, batch.reference), model.embed_audio(batch.heard)
+            cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard)
             x0_hat = model(add_noise(batch.x0, torch.randn_like(batch.x0), t), t, cond, audio, causal=True)
             loss = masked_mse(model, x0_hat.float(), batch.x0)
         loss.backward()
@@ -367,9 +372,9 @@ def dmd_loss(X, g, weight):
 
 
 @torch.no_grad()
-def reward_weights(net, X, mel, cfg):
-    """exp(beta Sync-C(X, audio)) of the reward network, without gradient -> weights (B,), Sync-C (B,)."""
-    c, _, _ = syncnet.score(net, unpatchify(X, cfg.patch), mel)
+def reward_weights(net, video, mel, cfg):
+    """exp(beta Sync-C(video, audio)) of the reward network, without gradient -> weights (B,), Sync-C (B,)."""
+    c, _, _ = syncnet.score(net, video, mel)
     w = (cfg.beta * c).exp()
     return (w if cfg.raw_weights else w / w.mean()), c
 
@@ -389,15 +394,15 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
         moves = i % cfg.critic_updates == 0
         batch, call = samples.draw(cfg.dmd_batch, rng), torch.randint(len(cfg.times), (), generator=rng).item()
         with torch.enable_grad() if moves else torch.no_grad(), mixed(device):
-            cond, audio = student.embed_cond(batch.x0, batch.reference), student.embed_audio(batch.heard)
+            cond, audio = student.embed_cond(batch.source, batch.reference), student.embed_audio(batch.heard)
         X = rollout(student, cond, audio, call, cfg.times, moves, device)
         if moves:
             t = draw_t()
             with torch.no_grad(), mixed(device):
                 x_t = add_noise(X, torch.randn_like(X), t)
-                real = real_score(teacher, x_t, t, teacher.embed_cond(batch.x0, batch.reference), teacher.embed_audio(batch.heard), cfg)
-                fake = critic(x_t, t, critic.embed_cond(batch.x0, batch.reference), critic.embed_audio(batch.heard)).float()
-            weight, c = reward_weights(reward, X.detach(), batch.mel, cfg)
+                real = real_score(teacher, x_t, t, teacher.embed_cond(batch.source, batch.reference), teacher.embed_audio(batch.heard), cfg)
+                fake = critic(x_t, t, critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)).float()
+            weight, c = reward_weights(reward, nn_model.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
             loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
             loss.backward()
             values.update(loss=loss.item(), norm=optimizer_step(optimizer, student, cfg.student_lr), reward=c.mean().item(), weight=weight.mean().item())
@@ -405,7 +410,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
         X = X.detach()
         with mixed(device):
             t = draw_t()
-            cond, audio = critic.embed_cond(batch.x0, batch.reference), critic.embed_audio(batch.heard)
+            cond, audio = critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)
             critic_loss = flow_loss(critic, X, cond, audio, t, cfg.weight_clip)
         critic_loss.backward()
         optimizer_step(critic_optimizer, critic, cfg.critic_lr)
@@ -486,6 +491,7 @@ def main(argv):
     cfg.out = cfg.out or f"out/{cfg.config}"
     data.free_space(cfg.out, 500 << 20)
     device, spent, banks = nn_model.find_device(cfg.device), {}, {}
+    nn_model.keep_memory()
     print(f"{cfg.config} on {device} ({torch.get_num_threads()} threads, bf16 {'on' if mixed(device)._enabled else 'off'}), results in {cfg.out}/", flush=True)
 
     def bank(split):
@@ -507,6 +513,8 @@ def main(argv):
             print(f"{name}: {path}", flush=True)
         return load(path)
 
+    if locate("teacher", cfg) is None and cfg.stage != "teacher":
+        print(f"no teacher in weights/{cfg.config}/ and none named by --teacher: one is trained first; each line below says how long is left")
     expert = lambda split, seed: lambda path: syncnet.train(                                         # noqa: E731
         path, syncnet.Config(size=cfg.size), bank(split), cfg.sync_steps, cfg.sync_batch, seed, device,
         data.Bank(cfg.size, 96, 32, "watch"), dataclasses.asdict(cfg))
@@ -515,8 +523,6 @@ def main(argv):
     judge = stage("judge", expert("judge", cfg.seed + 20), load_expert)
     banks.pop("judge", None)
     watch, samples = held_out(cfg.eval_clips, cfg, "watch", device), functools.cache(lambda: Samples(bank("train"), cfg, device))
-    if locate("teacher", cfg) is None and cfg.stage != "teacher":
-        print(f"no teacher in weights/{cfg.config}/ and none named by --teacher: training one first; the time left is in each line below")
     load_net = lambda path: load_matching(path, cfg, device)                                         # noqa: E731
     teacher = stage("teacher", lambda _: train_teacher(cfg, samples(), judge, watch, device), load_net)
     if cfg.stage == "teacher":

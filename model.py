@@ -2,13 +2,16 @@
 
     python model.py                 # the sizes, their parameters and FLOPs
 
-A video (B, T, H, W, 3) in [-1, 1] lives here as patches (B, L, N, P): L = T/4 latent frames of N tokens, each token
-4 frames x p x p pixels, P = 12 p p values. The paper gets the same footprint from a VAE (4 x 8 x 8) and 1 x 2 x 2
-patches; here the network sees the pixels and predicts the clean video x0 (arXiv 2511.13720 shows that to work).
+A token covers 4 frames x p x p pixels, P = 12 p p values; L = T/4 latent frames of N tokens. The paper gets the same footprint from a
+VAE (4 x 8 x 8) and 1 x 2 x 2 patches; here the network sees the pixels and predicts the clean video x0 (arXiv 2511.13720
+shows that to work).
 
-The input of a token is three patches side by side: the noisy video, the source with the mouth hidden, and a reference
-(the same person at another moment). The output is composited with the source outside the mouth mask, where the answer is known.
+The mouth mask lies in the lower half of the square, so only the lower half is cut into tokens, noised and denoised: x is
+(B, L, N, P). A token's input is three things side by side: its noisy patch; the source there, the mouth hidden, and half a square above
+it (for the pose); a reference, the same person at another moment, in both places. The output is composited with the source
+outside the mask, where the answer is known.
 """
+import ctypes
 import dataclasses
 import os
 from typing import NamedTuple
@@ -46,26 +49,36 @@ SIZES = {
 
 
 # ------------------------------------------------------------------------------------------------------------ patches
+def tokens(cfg):
+    """N, tokens to a latent frame: the patches of the square's lower half."""
+    return (cfg.size // cfg.patch) ** 2 // 2
+
+
 def patchify(video, p):
-    """(B, T, H, W, 3) -> (B, T/4, (H/p)(W/p), 12 p p). Exact inverse: unpatchify."""
+    """(B, T, S, S, 3) -> (B, L, N, 2 P): per token of the lower half, the patch half a square above it, then its own."""
     B, T, H, W, _ = video.shape
-    if T % 4 or H % p or W % p:
+    if T % 4 or H % (2 * p) or W % p:
         raise Fail(f"a video of {T} frames of {W}x{H} does not split into tokens of 4 frames x {p} x {p} pixels")
-    x = video.reshape(B, T // 4, 4, H // p, p, W // p, p, 3)                      # B L f nh p nw p c
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, T // 4, (H // p) * (W // p), 12 * p * p)
+    x = video.reshape(B, T // 4, 4, 2, H // p // 2, p, W // p, p, 3)              # B L f half row p column p c
+    return x.permute(0, 1, 4, 6, 3, 2, 5, 7, 8).reshape(B, T // 4, -1, 24 * p * p)
 
 
 def unpatchify(x, p):
-    """(B, L, N, 12 p p) -> (B, 4 L, p sqrt(N), p sqrt(N), 3)."""
+    """Inverse of patchify."""
     B, L, N, _ = x.shape
-    n = int(N ** .5)
-    x = x.reshape(B, L, n, n, 4, p, p, 3)                                         # B L nh nw f p p c
-    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, 4 * L, n * p, n * p, 3)
+    n = int((2 * N) ** .5)
+    x = x.reshape(B, L, n // 2, n, 2, 4, p, p, 3)                                 # B L row column half f p p c
+    return x.permute(0, 1, 5, 4, 2, 6, 3, 7, 8).reshape(B, 4 * L, n * p, n * p, 3)
+
+
+def picture(x, source, p):
+    """x (B, L, N, P), the lower half, and source (B, L, N, 2 P), whose upper half it belongs to -> video (B, T, S, S, 3)."""
+    return unpatchify(torch.cat([source[..., : 12 * p * p].to(x.dtype), x], -1), p)
 
 
 def to_float(video):
     """uint8 0..255 -> float32 in [-1, 1]."""
-    return video.float() / 127.5 - 1
+    return video.float().div_(127.5).sub_(1)
 
 
 def to_uint8(video):
@@ -96,22 +109,30 @@ def rope_table(cfg):
     n, head = cfg.size // cfg.patch, cfg.width // cfg.heads
     turns = lambda positions, pairs: positions[:, None] * 100. ** -(torch.arange(pairs) / pairs)      # noqa: E731
     time, space = turns(torch.arange(float(MAX_LATENTS)), head // 4), turns(torch.arange(float(n)), head // 8)
-    angle = torch.cat([time[:, None, None].expand(-1, n, n, -1), space[:, None].expand(MAX_LATENTS, n, n, -1),
-                       space[None].expand(MAX_LATENTS, n, n, -1)], -1).flatten(1, 2)
+    shape = MAX_LATENTS, n // 2, n, -1
+    angle = torch.cat([time[:, None, None].expand(shape), space[: n // 2, None].expand(shape), space.expand(shape)], -1).flatten(1, 2)
     return torch.stack([angle.cos(), angle.sin()], 2)
 
 
 def rotate(x, table):
     """RoPE. x (B, h, S, d), table (S/N latent frames, N, 2, d/2)."""
-    cos, sin = table.flatten(0, 1).unbind(1)                                      # each (S, d/2)
+    cos, sin = table.to(x.dtype).flatten(0, 1).unbind(1)                                      # each (S, d/2)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def dense(q, k, v):
+    """softmax(q k^T / sqrt d) v, by the fused kernel, except when training on a CPU: at these lengths its backward is four
+    times slower there than plain products (8.7 ms against 2.0, 16 x 4 heads x 96 tokens)."""
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        return ((q * q.shape[-1] ** -.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def attend_all(q, k, v, rope, cfg):
     """Bidirectional: every latent frame sees every other. q, k, v (B, h, L N, d), before RoPE."""
     table = rope[: q.shape[2] // rope.shape[1]]
-    return F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v)
+    return dense(rotate(q, table), rotate(k, table), v)
 
 
 def attend_chunks(q, k, v, rope, cfg):
@@ -124,7 +145,7 @@ def attend_chunks(q, k, v, rope, cfg):
         # The window is the sink and one run: two slices at the most.
         runs = [(frames[0], frames[0] + len(frames))] if frames[-1] - frames[0] < len(frames) else [(0, cfg.sink), (frames[cfg.sink], frames[-1] + 1)]
         take = lambda x: torch.cat([x[:, :, a * N:b * N] for a, b in runs], 2)   # noqa: E731
-        outputs.append(F.scaled_dot_product_attention(rotate(q_c, table[-new:]), rotate(take(k), table), take(v)))
+        outputs.append(dense(rotate(q_c, table[-new:]), rotate(take(k), table), take(v)))
     return torch.cat(outputs, 2)
 
 
@@ -134,7 +155,7 @@ class Cache:
 
     def __init__(self, model, batch, dtype=None):
         cfg, parameter = model.cfg, model.head.weight
-        n = (cfg.size // cfg.patch) ** 2
+        n = tokens(cfg)
         shape = (cfg.depth, 2, batch, cfg.heads, (cfg.sink + cfg.window - cfg.chunk) * n, cfg.width // cfg.heads)
         self.cfg, self.kv = cfg, torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device)
         self.chunks, self.frames = 0, []         # chunks written; the latent frames held, in order
@@ -155,7 +176,7 @@ class Cache:
             if i == self.cfg.depth - 1:
                 self.frames, self.chunks = self.kept(), self.chunks + 1
                 return None                      # the last block's output is nobody's key
-        return F.scaled_dot_product_attention(rotate(q, table[-(q.shape[2] // N):]), rotate(k, table), v)
+        return dense(rotate(q, table[-(q.shape[2] // N):]), rotate(k, table), v)
 
     def kept(self):
         """The past latent frames that the chunk after this one sees."""
@@ -177,7 +198,9 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         self.q_scale, self.k_scale = nn.Parameter(torch.ones(D // cfg.heads)), nn.Parameter(torch.ones(D // cfg.heads))
-        self.modulation = nn.Parameter(torch.zeros(6, D))        # added to the shared one: adaLN-single, arXiv 2310.00426
+        # Added to the shared one (adaLN-single, arXiv 2310.00426): shift, scale, gate, twice. Gates start half open; shut, as is
+        # usual, costs time that a run of minutes does not have.
+        self.modulation = nn.Parameter(torch.tensor([0., 0., .5, 0., 0., .5])[:, None].repeat(1, D))
 
     def forward(self, x, mod, audio, attend):
         """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each (B, h, L N, d) -> the same or None."""
@@ -187,12 +210,50 @@ class Block(nn.Module):
         x = x + audio[:, :, None]
         y = F.layer_norm(x, (D,)) * (1 + scale) + shift
         q, k, v = self.qkv(y).view(B, L * N, 3, h, D // h).permute(2, 0, 3, 1, 4)                  # each B h LN d
-        y = attend(F.rms_norm(q, (D // h,), self.q_scale), F.rms_norm(k, (D // h,), self.k_scale), v)
+        norm = lambda z, g: F.layer_norm(z, (D // h,), g.to(z.dtype))        # noqa: E731  QK-norm as in ViT-22B, arXiv 2302.05442
+        y = attend(norm(q, self.q_scale), norm(k, self.k_scale), v)
         if y is None:
             return None
         x = x + gate * self.out(y.transpose(1, 2).reshape(B, L, N, D))
         y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
         return x + gate2 * self.down(F.silu(self.up(y)))
+
+
+class OverlapAdd(torch.autograd.Function):
+    """Squares of p + 2 m pixels on a grid of p -> one picture, added where they overlap: F.fold, by slices and in bf16. A square
+    comes as its own p x p pixels, then the eight strips that it writes into its neighbours. (B, rows, columns, 12 (p + 2 m)^2)
+    -> (B, rows, columns, 4, p, p, 3). Own backward, since autograd would copy the whole picture once a strip."""
+
+    @staticmethod
+    def strips(p, m):
+        """For each of eight neighbours: (their slice, our slice) of the grid, the pixels written there, and where the strip is stored."""
+        whole, end, start = slice(None), slice(None, -1), slice(1, None)
+        grid = {-1: (end, start), 0: (whole, whole), 1: (start, end)}
+        pixels = {-1: slice(p - m, p), 0: whole, 1: slice(0, m)}
+        a = 12 * p * p
+        for dy, dx in [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]:
+            shape = 4, m if dy else p, m if dx else p, 3
+            b = a + 12 * shape[1] * shape[2]
+            yield (whole, grid[dy][0], grid[dx][0], whole, pixels[dy], pixels[dx]), (whole, grid[dy][1], grid[dx][1], slice(a, b)), shape
+            a = b
+
+    @staticmethod
+    def forward(ctx, x, p, m):
+        ctx.p, ctx.m = p, m
+        out = x[..., : 12 * p * p].clone().unflatten(-1, (4, p, p, 3))
+        for there, here, shape in OverlapAdd.strips(p, m):
+            out[there] += x[here].unflatten(-1, shape)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        p, m = ctx.p, ctx.m
+        out = grad.new_empty(*grad.shape[:3], 12 * (p + 2 * m) ** 2)
+        out[..., : 12 * p * p] = grad.flatten(3)
+        out[..., 12 * p * p:] = 0                                # at the rim there is no neighbour
+        for there, here, _ in OverlapAdd.strips(p, m):
+            out[here] = grad[there].flatten(3)
+        return out, None, None
 
 
 class DiT(nn.Module):
@@ -201,33 +262,31 @@ class DiT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, p = cfg.width, cfg.patch
-        if cfg.size % p or p % 4 or D % cfg.heads or (D // cfg.heads) % 8 or cfg.window < cfg.chunk:
-            raise Fail(f"model: size {cfg.size} must be a multiple of patch {p}, patch of 4, width {D} of 8 x heads {cfg.heads}, and window at least chunk")
+        if cfg.size % (2 * p) or p % 4 or D % cfg.heads or (D // cfg.heads) % 8 or cfg.window < cfg.chunk:
+            raise Fail(f"model: size {cfg.size} must be a multiple of twice patch {p}, patch of 4, width {D} of 8 x heads {cfg.heads}; window at least chunk")
         self.cfg, self.n, self.m = cfg, cfg.size // p, p // 4
-        self.from_noisy, self.from_cond = nn.Linear(12 * p * p, D), nn.Linear(24 * p * p, D)
-        self.place = nn.Parameter(torch.randn(self.n ** 2, D) * .02)
+        self.from_noisy, self.from_source, self.from_reference = nn.Linear(12 * p * p, D), nn.Linear(24 * p * p, D), nn.Linear(24 * p * p, D)
+        self.place = nn.Parameter(torch.randn(tokens(cfg), D) * .02)
         self.time = nn.Sequential(nn.Linear(128, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 8 * D))
         self.hear = nn.ModuleList([nn.Conv1d(MELS, 96, 3, 2, 1), nn.Conv1d(96, 96, 3, 2, 1)])
         self.hear_out = nn.Linear(96 * ((cfg.audio_back + 16 + cfg.audio_ahead + 3) // 4), D)
         self.null_audio = nn.Parameter(torch.zeros(D))           # what the network hears when it is told nothing
         self.audio_to_blocks = nn.Linear(D, cfg.depth * D)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.depth)])
-        # Each token writes a square of 1.5 p; neighbours overlap under raised-cosine windows, so that no seam shows.
-        q = p + 2 * self.m
-        self.head = nn.Linear(D, 12 * q * q)
-        ramp = torch.sin((torch.arange(2 * self.m) + .5) / (2 * self.m) * torch.pi / 2) ** 2
-        axis = torch.cat([ramp, torch.ones(q - 4 * self.m), ramp.flip(0)])
+        # Each token writes a square of 1.5 p and neighbours overlap, so that no seam shows (F.fold, folded into OverlapAdd).
+        self.head = nn.Linear(D, 12 * (p + 2 * self.m) ** 2)
         mask = data.mouth_mask(cfg.size)[None, None, :, :, None].expand(1, 4, -1, -1, 3)
-        for name, value in dict(rope=rope_table(cfg), overlap=axis, mask=patchify(mask, p)[0, 0]).items():
+        for name, value in dict(rope=rope_table(cfg), mask=patchify(mask, p)[0, 0, :, 12 * p * p:]).items():
             self.register_buffer(name, value, persistent=False)
         self.apply(lambda m: nn.init.zeros_(m.bias) if isinstance(m, (nn.Linear, nn.Conv1d)) else None)
-        nn.init.zeros_(self.time[-1].weight)                     # gates start shut
+        nn.init.zeros_(self.time[-1].weight)
         nn.init.normal_(self.head.weight, std=.2 / D ** .5)
 
     def embed_cond(self, source, reference):
-        """source, reference: patches (B, L, N, P) in [-1, 1]; what the source shows under the mask is not read."""
-        known = source * (1 - self.mask)
-        return Cond(known, self.from_cond(torch.cat([known, reference], -1)) + self.place)
+        """source, reference (B, L, N, 2 P) in [-1, 1], see patchify; what the source shows under the mask is not read."""
+        P = self.mask.shape[1]
+        known = source[..., P:] * (1 - self.mask).to(source.dtype)
+        return Cond(known, self.from_source(torch.cat([source[..., :P], known], -1)) + self.from_reference(reference) + self.place)
 
     def embed_audio(self, windows, drop=None):
         """windows (B, L, back + 16 + ahead, MELS) -> (B, L, depth, D); drop (B,) bool: told nothing (guidance's null)."""
@@ -262,22 +321,8 @@ class DiT(nn.Module):
             return None
         shift, scale = mod[:, :, None, 6:].unbind(3)
         x = self.head(F.layer_norm(x, (x.shape[-1],)) * (1 + scale) + shift)
-        return cond.known + self.mask * self.overlap_add(x)
-
-    def overlap_add(self, x):
-        """(B, L, N, 12 q q), squares of q = 1.5 p pixels -> (B, L, N, 12 p p): neighbours added where they overlap."""
-        B, L, N, _ = x.shape
-        n, p, m = self.n, self.cfg.patch, self.m
-        x = x.view(B * L, n, n, 4, p + 2 * m, (p + 2 * m) * 3)                    # BL row column f y x·c
-        x = x * self.overlap[:, None] * self.overlap.repeat_interleave(3)
-        for axis, size, unit in ((1, 4, 1), (2, 5, 3)):                           # rows, then columns
-            first, own, last = x.split([m * unit, p * unit, m * unit], size)
-            own = own.clone()
-            later, earlier = own.narrow(axis, 1, n - 1), own.narrow(axis, 0, n - 1)
-            later.narrow(size, 0, m * unit).add_(last.narrow(axis, 0, n - 1))     # what the neighbour before wrote here
-            earlier.narrow(size, (p - m) * unit, m * unit).add_(first.narrow(axis, 1, n - 1))
-            x = own
-        return x.reshape(B, L, N, 12 * p * p)
+        x = OverlapAdd.apply(x.view(B * L, self.n // 2, self.n, -1), self.cfg.patch, self.m)
+        return cond.known + self.mask * x.view(B, L, N, -1)
 
 
 # -------------------------------------------------------------------------------------------------- devices, checkpoints
@@ -298,6 +343,15 @@ def mixed(device):
         has = torch.cpu.get_capabilities()
         fast = bool(has.get("avx512_bf16") or has.get("amx_tile"))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def keep_memory():
+    """Let glibc keep freed memory. By default every large tensor is mapped anew and its pages are faulted in one by one: a
+    quarter of a training step on a CPU."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):       # M_MMAP_MAX, M_TRIM_THRESHOLD
+            libc.mallopt(option, value)
 
 
 def save(path, **state):
@@ -337,8 +391,8 @@ def load_dit(path, device="cpu"):
 
 def flops(cfg, latents, keys=None):
     """Multiply-adds times two of one forward pass over `latents` latent frames, each attending to `keys` latent frames."""
-    N, D, P = (cfg.size // cfg.patch) ** 2, cfg.width, 12 * cfg.patch ** 2
-    linear = cfg.depth * 12 * D * D + D * P * (3 + 2.25)
+    N, D, P = tokens(cfg), cfg.width, 12 * cfg.patch ** 2
+    linear = cfg.depth * 12 * D * D + D * P * (1 + 4 + 2.25)
     return 2 * latents * N * (linear + cfg.depth * 2 * D * N * (keys or latents))
 
 
@@ -350,7 +404,7 @@ def main(argv):
     for name, size in SIZES.items():
         cfg = Config(**size)
         count = sum(p.numel() for p in DiT(cfg).parameters())
-        print(f"{name:8}{count / 1e6:>11.1f}M{(cfg.size // cfg.patch) ** 2:>15}{3 * flops(cfg, cfg.chunk, cfg.sink + cfg.window) / 1e9:>15.2f}")
+        print(f"{name:8}{count / 1e6:>11.1f}M{tokens(cfg):>15}{3 * flops(cfg, cfg.chunk, cfg.sink + cfg.window) / 1e9:>15.2f}")
 
 
 if __name__ == "__main__":

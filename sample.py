@@ -24,7 +24,7 @@ import data
 import model as nn_model
 import syncnet
 from data import FPS, RATE, Fail
-from model import Cache, Cond, load_dit, mel_windows, mixed, patchify, to_float, to_uint8, unpatchify
+from model import Cache, Cond, load_dit, mel_windows, mixed, patchify, picture, to_float, to_uint8
 
 SHIFT = 5.                  # paper: 5
 STEPS = 50                  # the teacher's grid (paper: 50)
@@ -76,13 +76,6 @@ def previous_chunk(source, cfg):
     return torch.cat([held_still(source[:, :1], min(cfg.chunk, source.shape[1] // 4)), source[:, :-n]], 1)
 
 
-def conditions(model, source, mel, start=0):
-    """source (B, T, S, S, 3) float in [-1, 1], T from latent frame `start` on; mel (B, M, MELS) of the whole file -> Cond, audio."""
-    cfg = model.cfg
-    cond = model.embed_cond(patchify(source, cfg.patch), patchify(previous_chunk(source, cfg), cfg.patch))
-    return cond, model.embed_audio(mel_windows(mel, cfg, start, source.shape[1] // 4))
-
-
 # --------------------------------------------------------------------------------------------------- teacher: many steps
 def guided(model, x_t, t, cond, audio, null, guidance):
     """x0_null + s (x0_audio - x0_null), one forward pass of twice the batch; s = 1 is the conditional prediction alone."""
@@ -117,16 +110,16 @@ def dub_teacher(model, source, mel, steps=STEPS, guidance=1., latents=12, seed=0
     """Dub whole clips with the bidirectional model, in windows of `latents` latent frames, the length it was trained on (the last
     window is moved back to end with the clip). source (B, T, S, S, 3) uint8, mel (B, 4 T, MELS) -> uint8 like source."""
     rng, L = torch.Generator().manual_seed(seed), source.shape[1] // 4
-    source, out = to_float(source), torch.empty_like(source)
+    p = model.cfg.patch
+    reference, source = patchify(to_float(previous_chunk(source, model.cfg)), p), patchify(to_float(source), p)
+    out = torch.empty_like(source[..., source.shape[-1] // 2:])
     with mixed(source.device):
-        reference = patchify(previous_chunk(source, model.cfg), model.cfg.patch)
         for a in range(0, L, latents):
             a = max(0, min(a, L - latents))
             b = min(L, a + latents)
-            cond = model.embed_cond(patchify(source[:, 4 * a:4 * b], model.cfg.patch), reference[:, a:b])
-            x = euler(model, cond, model.embed_audio(mel_windows(mel, model.cfg, a, b - a)), steps, guidance, rng)
-            out[:, 4 * a:4 * b] = to_uint8(unpatchify(x, model.cfg.patch))
-    return out
+            cond, audio = model.embed_cond(source[:, a:b], reference[:, a:b]), model.embed_audio(mel_windows(mel, model.cfg, a, b - a))
+            out[:, a:b] = euler(model, cond, audio, steps, guidance, rng)
+    return to_uint8(picture(out, source, p))
 
 
 # ------------------------------------------------------------------------------------------- student: two steps a chunk
@@ -152,11 +145,12 @@ def generate(model, conditions, times=TIMES, rng=None):
 
 def dub_student(model, source, mel, times=TIMES, seed=0):
     """Dub a batch of whole clips chunk by chunk. source (B, T, S, S, 3) uint8, T a multiple of a chunk's frames -> uint8 like source."""
-    rng, L = torch.Generator().manual_seed(seed), model.cfg.chunk
+    rng, L, p = torch.Generator().manual_seed(seed), model.cfg.chunk, model.cfg.patch
+    reference, source = patchify(to_float(previous_chunk(source, model.cfg)), p), patchify(to_float(source), p)
     with mixed(source.device), torch.no_grad():
-        cond, audio = conditions(model, to_float(source), mel)
+        cond, audio = model.embed_cond(source, reference), model.embed_audio(mel_windows(mel, model.cfg))
     parts = [(Cond(cond.known[:, a:a + L], cond.tokens[:, a:a + L]), audio[:, a:a + L]) for a in range(0, audio.shape[1], L)]
-    return torch.cat([to_uint8(unpatchify(x, model.cfg.patch)) for x in generate(model, parts, times, rng)], 1)
+    return to_uint8(picture(torch.cat(list(generate(model, parts, times, rng)), 1), source, p))
 
 
 def stream(model, source, audio, times=TIMES, seed=0):
@@ -164,7 +158,7 @@ def stream(model, source, audio, times=TIMES, seed=0):
     that slices. Yields (n, S, S, 3) uint8, n = 12 frames (0.48 s; less at the end). Holds one chunk, the one before, and the cache."""
     cfg, device = model.cfg, model.head.weight.device
     n = 4 * cfg.chunk
-    lengths = []
+    under_way = []                                  # source patches and frame count of the chunk being made
 
     def chunks():
         frames, before = iter(source), None
@@ -172,21 +166,20 @@ def stream(model, source, audio, times=TIMES, seed=0):
             taken = list(itertools.islice(frames, n))
             if not taken:
                 return
-            lengths.append(len(taken))
-            picture = torch.stack([torch.as_tensor(f) for f in taken + taken[-1:] * (n - len(taken))])[None]
-            if picture.shape[2:] != (cfg.size, cfg.size, 3):
-                raise Fail(f"frames of {tuple(picture.shape[2:])} where the model needs ({cfg.size}, {cfg.size}, 3); see data.square")
-            picture = to_float(picture.to(device))
-            mel = chunk_mel(audio, c, cfg).to(device)
+            video = torch.stack([torch.as_tensor(f) for f in taken + taken[-1:] * (n - len(taken))])[None]
+            if video.shape[2:] != (cfg.size, cfg.size, 3):
+                raise Fail(f"frames of {tuple(video.shape[2:])} where the model needs ({cfg.size}, {cfg.size}, 3); see data.square")
+            video, mel = to_float(video.to(device)), chunk_mel(audio, c, cfg).to(device)
+            patches = patchify(video, cfg.patch)
+            before = patchify(held_still(video[:, :1], cfg.chunk), cfg.patch) if before is None else before
             with mixed(device), torch.no_grad():
-                reference = held_still(picture[:, :1], cfg.chunk) if before is None else before
-                cond = model.embed_cond(patchify(picture, cfg.patch), patchify(reference, cfg.patch))
-                heard = model.embed_audio(mel)
-            before = picture
-            yield cond, heard
+                parts = model.embed_cond(patches, before), model.embed_audio(mel)
+            before, under_way[:] = patches, [patches, len(taken)]
+            yield parts
 
-    for c, x0 in enumerate(generate(model, chunks(), times, torch.Generator().manual_seed(seed))):
-        yield to_uint8(unpatchify(x0, cfg.patch))[0, : lengths[c]].cpu()
+    for x0 in generate(model, chunks(), times, torch.Generator().manual_seed(seed)):
+        patches, length = under_way
+        yield to_uint8(picture(x0, patches, cfg.patch))[0, :length].cpu()
 
 
 def chunk_mel(audio, c, cfg):

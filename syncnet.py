@@ -112,8 +112,9 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
         if step % max(1, steps // 5) == 0 or step == 1:
             right, _, offset = score(net, held_out.video.to(device), held_out.mel.to(device))
             wrong, _, _ = score(net, held_out.video.to(device), held_out.mel.roll(1, 0).to(device))
-            print(f"{Path(path).stem:8} step {step:5d}/{steps} | loss {loss:6.3f} | right moment {accuracy:5.1%} | held-out: offset within a frame "
-                  f"{(offset.abs() <= 1).float().mean():4.0%}, Sync-C {right.mean():.3f}, wrong audio {wrong.mean():.3f} | {time.time() - start:4.0f} s", flush=True)
+            print(f"{Path(path).stem:8} step {step:5d}/{steps} | loss {loss:6.3f} | right moment {accuracy:5.1%} | held-out: offset within a "
+                  f"frame {(offset.abs() <= 1).float().mean():4.0%}, Sync-C {right.mean():.3f}, wrong audio {wrong.mean():.3f} | "
+                  f"{time.time() - start:4.0f} s", flush=True)
     if not torch.isfinite(loss):
         raise Fail(f"{Path(path).stem}: the loss became {loss.item()}; lower the rate or look at the data")
     model.save(path, kind="syncnet", config=dataclasses.asdict(cfg), model=net.state_dict(), seed=seed, steps=steps, made_with=made_with)

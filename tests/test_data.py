@@ -1,0 +1,121 @@
+import subprocess
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import model as nn_model
+
+
+def ffprobe(path):
+    """What ffmpeg says of a file."""
+    return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path)], capture_output=True, text=True).stderr
+
+
+def test_drawing_is_seeded_and_people_differ():
+    a, b, c = data.draw(5, 12, 32), data.draw(5, 12, 32), data.draw(6, 12, 32)
+    assert torch.equal(a.video, b.video) and np.array_equal(a.audio, b.audio) and not torch.equal(a.video, c.video)
+    assert a.video.shape == (12, 32, 32, 3) and a.audio.shape == (12 * 640,) and np.abs(a.audio).max() <= 1
+
+
+def test_a_dub_pair_differs_in_the_mouth_and_the_sound_only():
+    source, truth = data.dub_pair(3, 48, 64)
+    mask = data.mouth_mask(64) > 0
+    assert torch.equal(source.video[:, ~mask], truth.video[:, ~mask])
+    assert not torch.equal(source.video[:, mask], truth.video[:, mask]) and not np.array_equal(source.audio, truth.audio)
+
+
+def test_lips_close_in_silence_and_open_with_vowels():
+    audio, lips = data.speak(1, 1, 8.)
+    level = np.abs(audio).reshape(-1, data.RATE // data.SPEECH_FPS).mean(1)
+    quiet = np.convolve(level < np.quantile(level, .05) * 2, np.ones(30), "same") > 29      # pauses of at least 150 ms
+    assert quiet.any() and lips[quiet, 0].mean() < .15 < lips[~quiet, 0].mean()
+
+
+def test_written_video_reads_back(tmp_path):
+    clip = data.draw(7, 50, 64)
+    path = tmp_path / "clip.mp4"
+    with data.write_video(path, (64, 64), clip.audio) as put:
+        for frame in clip.video:
+            put(frame.numpy())
+    frames = torch.stack(list(data.read_video(path)))
+    assert frames.shape == clip.video.shape and data.mouth_psnr(frames[None], clip.video[None]) > 30
+    said = ffprobe(path)
+    assert "h264" in said and "yuv420p" in said and "25 fps" in said and "aac" in said
+    sound = data.read_audio(path)
+    assert abs(len(sound) - 50 * 640) <= 2048                                              # AAC comes in blocks of 1024
+    lag = np.correlate(sound[:30000], clip.audio[:30000], "full").argmax() - 29999
+    assert abs(lag) <= 16                                                                  # a millisecond
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), data.write_video(tmp_path / "x.mp4", (32, 32)) as put:
+        put(np.zeros((32, 32, 3), np.uint8))
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rate, shape", [(8000, 1), (16000, 2), (44100, 2), (48000, 1)])
+def test_any_rate_and_channels(tmp_path, rate, shape):
+    t = np.arange(2 * rate) / rate
+    soundfile.write(tmp_path / "a.wav", np.stack([.5 * np.sin(2 * np.pi * 440 * t)] * shape, 1), rate)
+    audio = data.read_audio(tmp_path / "a.wav")
+    assert len(audio) == 2 * data.RATE and abs(np.abs(np.fft.rfft(audio)).argmax() / 2 - 440) < 1
+
+
+def test_29_97_fps_does_not_drift(tmp_path):
+    """A picture that counts seconds, at 29.97 fps for 20 s: frame n at 25 fps shows second n / 25, to within a frame."""
+    path = tmp_path / "ntsc.mp4"
+    writer = imageio_ffmpeg.write_frames(str(path), (64, 32), fps=30000 / 1001, codec="libx264", macro_block_size=2, ffmpeg_log_level="error")
+    writer.send(None)
+    for i in range(599):
+        picture = np.full((32, 64, 3), 16, np.uint8)
+        picture[:, : 1 + int(i / 599 * 62)] = 235
+        writer.send(picture)
+    writer.close()
+    frames = list(data.read_video(path))
+    assert abs(len(frames) - 599 / 29.97 * 25) <= 1
+    for n in (100, 250, 480):
+        bright = (frames[n][16, :, 0] > 128).sum().item()
+        assert abs(bright - (1 + int(n / 25 * 29.97 / 599 * 62))) <= 1
+
+
+def test_mel_windows_hear_back_and_ahead():
+    cfg = nn_model.Config()
+    mel = torch.arange(160.).view(1, 160, 1).expand(-1, -1, data.MELS)
+    heard = nn_model.mel_windows(mel, cfg)
+    assert heard.shape == (1, 10, 44, data.MELS)
+    assert heard[0, 3, 0, 0] == 48 - 16 and heard[0, 3, -1, 0] == 63 + 12
+    assert (heard[0, 0, :16] == nn_model.SILENCE).all() and (heard[0, -1, -12:] == nn_model.SILENCE).all()
+    assert torch.equal(nn_model.mel_windows(mel, cfg, 4, 3), heard[:, 4:7])
+
+
+def test_square_and_box():
+    frame = torch.arange(100 * 160 * 3).reshape(100, 160, 3).to(torch.uint8)
+    assert torch.equal(data.square(frame, 32, (10, 20, 32)), frame[20:52, 10:42])
+    assert data.square(frame, 64).shape == (64, 64, 3) and data.centred(100, 160) == (30, 0, 100)
+    assert data.parse_box("1,2,30", frame) == (1, 2, 30)
+    for bad in ("1,2", "a,b,c", "150,0,50", "-1,0,20"):
+        with pytest.raises(data.Fail):
+            data.parse_box(bad, frame)
+
+
+def test_mouth_psnr():
+    a = torch.full((1, 4, 32, 32, 3), 100, dtype=torch.uint8)
+    b = a.clone()
+    b[:, :, :8] = 200                                                                      # above the mask: does not count
+    assert data.mouth_psnr(a, b) > 70
+    torch.testing.assert_close(data.mouth_psnr(a, a + 10), torch.tensor([28.1308]))
+
+
+def test_a_folder_of_mp4s_is_a_bank(tmp_path):
+    clip = data.draw(9, 60, 48)
+    with data.write_video(tmp_path / "a.mp4", (48, 48), clip.audio) as put:
+        for frame in clip.video:
+            put(frame.numpy())
+    bank = data.Bank(32, 24, 10, folder=str(tmp_path))
+    assert bank.video.shape == (2, 24, 32, 32, 3) and bank.mel.shape == (2, 96, data.MELS)

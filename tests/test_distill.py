@@ -1,0 +1,163 @@
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill
+import sample
+from distill import dmd_gradient, dmd_loss, in_window, real_score, reward_weights, rollout
+from model import Cond
+
+CPU = torch.device("cpu")
+
+
+def test_gradient_by_hand():
+    X, real, fake = torch.tensor([[1., 2.], [0., 4.]]), torch.tensor([[0., 0.], [4., 4.]]), torch.tensor([[3., 0.], [4., 0.]])
+    g = dmd_gradient(fake, real, X)                        # |X - r| has the means 1.5 and 2
+    torch.testing.assert_close(g, torch.tensor([[2., 0.], [0., -2.]]))
+    X.requires_grad_()
+    dmd_loss(X, g, torch.tensor([1., 3.])).backward()      # mean over 2 pixels and 2 samples, weighted
+    torch.testing.assert_close(X.grad, torch.tensor([[.5, 0.], [0., -1.5]]))
+
+
+def test_a_toy_student_moves_to_the_teacher():
+    """In one dimension: teacher N(3, 1), student N(mu, 1). E[x0 | x_t] is known for both, so the scores are exact."""
+    torch.manual_seed(0)
+    mu = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([mu], lr=.3)
+    expected = lambda x_t, t, mean: mean + (1 - t) / ((1 - t) ** 2 + t ** 2) * (x_t - (1 - t) * mean)     # noqa: E731
+    for _ in range(200):
+        X, t = mu + torch.randn(64, 1), torch.rand(64, 1)
+        x_t = sample.add_noise(X.detach()[..., None, None], torch.randn(64, 1, 1, 1), t)[..., 0, 0]
+        g = dmd_gradient(expected(x_t, t, mu.detach()), expected(x_t, t, 3.), X.detach())
+        optimizer.zero_grad()
+        dmd_loss(X, g, torch.ones(64)).backward()
+        optimizer.step()
+    assert abs(mu.item() - 3) < .2
+
+
+@pytest.mark.parametrize("where, inside", [("on", [0, 1, 1, 1, 0]), ("off", [0] * 5), ("all", [1] * 5), ("reversed", [1, 0, 0, 0, 1])])
+@torch.no_grad()
+def test_guided_exactly_inside_the_window(tiny, parts, cfg, where, inside):
+    cfg = dataclasses.replace(cfg, sync_window=where)
+    t = torch.tensor([[.5555], [.5556], [.7], [.8823], [.8824]])                          # the band is .55556 to .88235
+    assert in_window(t[:, 0], cfg).int().tolist() == inside
+    x, cond, audio = parts(3, 5)
+    got = real_score(tiny, x, t, cond, audio, cfg)
+    null = sample.null_audio(tiny, 3, 5)
+    for i, guided in enumerate(inside):
+        want = sample.guided(tiny, x, t, cond, audio, null, cfg.guidance if guided else 1)
+        torch.testing.assert_close(got[i], want[i], atol=1e-5, rtol=0)
+        other = sample.guided(tiny, x, t, cond, audio, null, 1 if guided else cfg.guidance)
+        assert not torch.allclose(got[i], other[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_only_the_drawn_call_carries_gradient(tiny, samples, cfg, call):
+    student = copy.deepcopy(tiny).train()
+    batch, seen = samples.draw(2, torch.Generator().manual_seed(0)), []
+    student.register_forward_hook(lambda module, args, out: seen.append(None if out is None else out.requires_grad))
+    with distill.mixed(CPU):
+        cond, audio = student.embed_cond(batch.source, batch.reference), student.embed_audio(batch.heard)
+    X = rollout(student, cond, audio, call, cfg.times, True, CPU)
+    assert seen == ([False] * call + [True, None]) * (cfg.latents // cfg.chunk)
+    X.square().mean().backward()
+    # Also under autocast, which remembers weights that were cast without gradient: every weight must get its own.
+    assert [n for n, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == ["null_audio"]
+    assert not rollout(student, Cond(*(c.detach() for c in cond)), audio.detach(), call, cfg.times, False, CPU).requires_grad
+
+
+def test_rollout_is_what_streaming_does(tiny, samples, cfg):
+    """The same noise through the training rollout and the inference loop: the same clip."""
+    batch = samples.draw(1, torch.Generator().manual_seed(0))
+    with torch.no_grad(), distill.mixed(CPU):
+        cond, audio = tiny.embed_cond(batch.source, batch.reference), tiny.embed_audio(batch.heard)
+    torch.manual_seed(5)
+    trained = rollout(tiny, cond, audio, 1, cfg.times, False, CPU)
+    chunks = [(Cond(*(c[:, a:a + 3] for c in cond)), audio[:, a:a + 3]) for a in range(0, cfg.latents, 3)]
+    streamed = torch.cat(list(sample.generate(tiny, chunks, cfg.times, torch.Generator().manual_seed(5))), 1)
+    torch.testing.assert_close(trained, streamed, atol=1e-5, rtol=0)
+
+
+def test_student_loss_leaves_critic_and_teacher_alone(tiny, parts, cfg):
+    critic, teacher = (copy.deepcopy(tiny).requires_grad_(True) for _ in range(2))
+    x, cond, audio = parts(3)
+    X = torch.randn_like(x, requires_grad=True)
+    t = torch.tensor([[.7], [.3]])
+    x_t = sample.add_noise(X, torch.randn_like(X), t)
+    with torch.no_grad():
+        g = dmd_gradient(critic(x_t, t, cond, audio), real_score(teacher, x_t, t, cond, audio, cfg), X)
+    dmd_loss(X, g, torch.ones(2)).backward()
+    torch.testing.assert_close(X.grad, g / g[0].numel() / 2)
+    assert all(p.grad is None for net in (critic, teacher) for p in net.parameters())
+
+
+def test_reward_weights(expert, cfg):
+    video, mel = torch.rand(4, 24, 32, 32, 3, requires_grad=True) * 2 - 1, torch.randn(4, 96, 40)
+    weight, c = reward_weights(expert, video, mel, dataclasses.replace(cfg, beta=2.))
+    assert not weight.requires_grad and weight.mean().item() == pytest.approx(1, abs=1e-6) and weight.std() > 0
+    raw, _ = reward_weights(expert, video, mel, dataclasses.replace(cfg, beta=2., raw_weights=True))
+    torch.testing.assert_close(raw, (2 * c).exp())
+    assert (reward_weights(expert, video, mel, dataclasses.replace(cfg, beta=0.))[0] == 1).all()
+
+
+def test_references_come_from_outside_the_sample(samples, cfg):
+    """Number every latent frame of every clip, then look where samples and references came from."""
+    spy = copy.copy(samples)
+    spy.patches = torch.arange(16, dtype=torch.uint8)[None, :, None, None].expand(6, -1, 2, 2 * 48).contiguous()
+    spy.cfg = dataclasses.replace(cfg, still=0.)
+    batch = spy.draw(64, torch.Generator().manual_seed(1))
+    number = lambda x: (x[:, :, 0, 0] * 127.5 + 127.5).round().int()                      # noqa: E731
+    source, reference = number(batch.source), number(batch.reference)
+    assert (source.diff(dim=1) == 1).all() and (reference.unflatten(1, (-1, 3)).diff(dim=2) == 1).all()
+    assert all(not set(a.tolist()) & set(b.tolist()) for a, b in zip(source, reference))
+
+
+def test_the_whole_job_then_again_then_with_other_settings(cfg, capsys, tmp_path):
+    """Every stage for a few steps; the second time nothing is trained; a result of other settings is refused, not used."""
+    argv = ["--out", str(tmp_path), "--config", "tiny"]
+    base = distill.PRESETS["tiny"]
+    argv += [x for f in dataclasses.fields(cfg) if f.name not in ("config", "out") and getattr(cfg, f.name) != base.get(f.name, f.default)
+             for x in (f"--{f.name}", str(getattr(cfg, f.name)))]
+    distill.main(argv)
+    said = capsys.readouterr().out
+    assert "student, 2 steps a chunk" in said and "inf" not in said
+    assert {"sample.mp4", "curves.png", "log.jsonl", "student.pt"} <= {p.name for p in tmp_path.iterdir()} and not list(tmp_path.glob("*.resume.pt"))
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert {r["stage"] for r in rows} == {"teacher", "init", "dmd"} and any("critic_loss" in r and "psnr" in r for r in rows)
+    distill.main(argv)
+    assert "step" not in capsys.readouterr().out.split("Sync-C")[0]
+    with pytest.raises(distill.Fail, match="--beta 1.0, not 0.5"):
+        distill.main(argv + ["--beta", ".5"])
+    with pytest.raises(distill.Fail, match="width is 96 there and 48"):
+        distill.main(["--config", "tiny", "--out", str(tmp_path / "other"), "--teacher", str(tmp_path / "teacher.pt"), "--width", "48", "--clips", "2"])
+
+
+@pytest.mark.parametrize("stage", ["teacher", "dmd"])
+def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expert, tmp_path):
+    """Stop after half, go on: bit for bit the weights of the run that was not stopped."""
+    watch = distill.held_out(1, cfg, "watch", CPU, latents=6)
+    ends = []
+    for halves in (False, True):
+        c = dataclasses.replace(cfg, out=str(tmp_path / str(halves)), save_seconds=-1)
+        Path(c.out).mkdir()
+        train = ((lambda: distill.train_teacher(c, samples, expert, watch, CPU)) if stage == "teacher" else
+                 lambda: distill.train_dmd(c, copy.deepcopy(tiny), copy.deepcopy(tiny), samples, expert, expert, watch, CPU))
+        if halves:
+            original, steps = distill.Progress.save, []
+
+            def stop(self, step):
+                original(self, step)
+                steps.append(step)
+                if len(steps) == 2:
+                    raise KeyboardInterrupt
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(distill.Progress, "save", stop)
+                train()
+        train()
+        ends.append(torch.load(f"{c.out}/{'teacher' if stage == 'teacher' else 'student'}.pt", weights_only=True)["model"])
+        assert not list(Path(c.out).glob("*.resume.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values()))

@@ -1,0 +1,101 @@
+"""Wrong input: one line that says what is wrong and what to do, exit code 2, no traceback, nothing half-written."""
+import sys
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import bench
+import data
+import distill
+import sample
+import syncnet
+
+MAIN = dict(data=data.main, sample=sample.main, syncnet=syncnet.main, distill=distill.main, bench=bench.main)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, student_file):
+    """Name -> a file that is good or broken in one way."""
+    d = tmp_path_factory.mktemp("files")
+    clip = data.draw(1, 24, 32)
+    with data.write_video(d / "good.mp4", (32, 32), clip.audio) as put:
+        for frame in clip.video:
+            put(frame.numpy())
+    with data.write_video(d / "mute.mp4", (32, 32)) as put:
+        for frame in clip.video:
+            put(frame.numpy())
+    soundfile.write(d / "good.wav", clip.audio, data.RATE)
+    soundfile.write(d / "empty.wav", np.zeros(0), data.RATE)
+    soundfile.write(d / "nan.wav", np.full(16000, np.nan), data.RATE, subtype="FLOAT")
+    (d / "broken.mp4").write_bytes((d / "good.mp4").read_bytes()[:900])
+    (d / "text.mp4").write_text("not a video")
+    (d / "text.pt").write_text("not a checkpoint")
+    torch.save(dict(model={}), d / "other.pt")
+    writer = imageio_ffmpeg.write_frames(str(d / "sound_only.mp4"), (32, 32), audio_path=str(d / "good.wav"), output_params=["-vn"], ffmpeg_log_level="error")
+    soundfile.write(d / "sound_only.wav", clip.audio, data.RATE)
+    writer.close()
+    return dict({p.name: str(p) for p in d.iterdir()}, student=student_file, out=str(d / "result" / "dub.mp4"), missing=str(d / "nowhere.mp4"))
+
+
+DUB = "sample --video good.mp4 --audio good.wav --out out --weights student"
+CASES = {
+    "no video": (DUB.replace("good.mp4", "missing"), "no such file"),
+    "no audio file": (DUB.replace("good.wav", "missing"), "no such file"),
+    "a cut-off video": (DUB.replace("good.mp4", "broken.mp4"), "no picture could be read"),
+    "not a video": (DUB.replace("good.mp4", "text.mp4"), "no picture could be read"),
+    "a video with no picture": (DUB.replace("good.mp4", "sound_only.wav"), "no picture could be read"),
+    "a video with no sound": ("sample --video mute.mp4 --out out --weights student", "no sound could be read"),
+    "sound of length zero": (DUB.replace("good.wav", "empty.wav"), "empty"),
+    "NaN": (DUB.replace("good.wav", "nan.wav"), "NaN"),
+    "a box outside": (DUB + " --box 10,10,40", "not inside the picture"),
+    "half a box": (DUB + " --box 10,10", "three whole numbers"),
+    "no checkpoint": (DUB.replace("student", "missing"), "no such file"),
+    "not a checkpoint": (DUB.replace("student", "text.pt"), "not a checkpoint"),
+    "another program's checkpoint": (DUB.replace("student", "other.pt"), "not a checkpoint"),
+    "a student as a judge": ("syncnet --video good.mp4 --weights student", "a dit checkpoint where a syncnet is needed"),
+    "an unknown option": (DUB + " --speed 3", "unrecognized arguments: --speed"),
+    "not a number": (DUB + " --seed x", "invalid int value"),
+    "not an mp4": (DUB.replace("out out", "out good.wav"), "ends in .mp4"),
+    "sound without a video": ("sample --audio good.wav", "which recording"),
+    "nothing to judge": ("syncnet", "which clip"),
+    "an unknown field": ("distill --config tiny --betta 0", "unrecognized arguments: --betta"),
+    "an unknown config": ("distill --config huge", "invalid choice"),
+    "an unknown stage": ("distill --config tiny --stage sing", "teacher, init, dmd or all"),
+    "an unknown window": ("distill --config tiny --sync_window wide", "on, off, reversed or all"),
+    "no teacher": ("distill --config tiny --teacher missing", "no such file"),
+    "an unknown bench": ("bench love", "no such bench"),
+    "a bench of nothing": ("bench speed --config huge", "one of tiny, small, base"),
+    "an odd picture": ("data --size 33", "even"),
+    "an unknown device": (DUB + " --device abacus", "--device abacus"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_exit_code_2(name, files, capsys, monkeypatch, tmp_path):
+    command, expected = CASES[name]
+    script, *argv = [files.get(word, word) for word in command.split()]
+    if script == "distill":
+        argv += ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    before = {p: p.stat().st_mtime for p in tmp_path.parent.rglob("*.mp4")}
+    with pytest.raises(SystemExit) as end:
+        data.run(MAIN[script])
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and expected in said and "\n" not in said and said.startswith("error: ")
+    assert {p: p.stat().st_mtime for p in tmp_path.parent.rglob("*.mp4")} == before and not list(tmp_path.parent.rglob(".writing-*"))
+
+
+def test_too_little_disk(tmp_path, monkeypatch):
+    full = type("Usage", (), dict(f_bavail=10, f_frsize=4096))
+    monkeypatch.setattr(data.os, "statvfs", lambda folder: full)
+    with pytest.raises(data.Fail, match="0 MB free"), data.write_video(tmp_path / "x.mp4", (32, 32)):
+        raise AssertionError("not reached")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    with pytest.raises(data.Fail, match="lower the learning rate"):
+        distill.Log(tmp_path, "teacher", 10)(3, loss=float("nan"))

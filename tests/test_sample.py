@@ -1,0 +1,142 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import bench
+import data
+import model as nn_model
+import sample
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_time_grid():
+    assert [round(sample.tau(j), 3) for j in (0, 20, 30, 40, 50)] == [1, .882, .769, .556, 0]
+    assert sample.shift(.5, 1) == .5 and round(sample.TIMES[1], 3) == round(sample.tau(30), 3)
+
+
+@pytest.mark.parametrize("t", [.3, torch.tensor([[.2], [.9]], dtype=torch.float64)])
+def test_x0_velocity_and_noise_round_trip(t):
+    x0, eps = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    x_t = sample.add_noise(x0, eps, t)
+    v = sample.to_velocity(x_t, x0, t)
+    torch.testing.assert_close(v, eps - x0)
+    torch.testing.assert_close(sample.to_x0(x_t, v, t), x0)
+
+
+@torch.no_grad()
+def test_guidance_one_is_the_conditional_prediction(tiny, parts):
+    x, cond, audio = parts(3)
+    null = sample.null_audio(tiny, 3, 2)
+    plain = tiny(x, .7, cond, audio)
+    assert torch.equal(sample.guided(tiny, x, .7, cond, audio, null, 1), plain)
+    without = tiny(x, .7, cond, null)
+    torch.testing.assert_close(sample.guided(tiny, x, .7, cond, audio, null, 3.), without + 3 * (plain - without), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample.guided(tiny, x, torch.tensor([[.7], [.2]]), cond, audio, null, 1.000001)[:1], plain[:1], atol=1e-4, rtol=0)
+
+
+def test_null_audio_is_what_training_drops_to(tiny):
+    heard = nn_model.mel_windows(torch.randn(2, 48, data.MELS), tiny.cfg)
+    dropped = tiny.embed_audio(heard, torch.tensor([True, False]))
+    torch.testing.assert_close(dropped[:1], sample.null_audio(tiny, 3, 1))
+
+
+@torch.no_grad()
+def test_euler_with_a_perfect_network_lands_on_x0(parts):
+    _, cond, audio = parts(3)
+
+    class Perfect(torch.nn.Module):
+        null_audio, cfg = torch.zeros(96), nn_model.Config(**nn_model.SIZES["tiny"])
+        audio_to_blocks = torch.nn.Linear(96, 4 * 96)
+
+        def forward(self, x_t, t, cond, audio):
+            return cond.known
+
+    torch.testing.assert_close(sample.euler(Perfect(), cond, audio, 10), cond.known)
+
+
+def test_the_stream_equals_the_batch(tiny):
+    """Frame by frame from raw pixels and samples, and the whole clip at once, on the same noise: to a grey level of bf16."""
+    clip = data.draw(11, 48, 32)
+    streamed = torch.cat(list(sample.stream(tiny, clip.video, clip.audio, seed=4)))
+    whole = sample.dub_student(tiny, clip.video[None], data.log_mel(clip.audio)[None], seed=4)[0]
+    assert streamed.shape == whole.shape and (streamed.int() - whole.int()).abs().float().mean() < .5
+
+
+def test_mel_of_a_chunk_is_that_of_the_file(tiny):
+    audio = data.draw(12, 60, 32).audio
+    whole = nn_model.mel_windows(data.log_mel(audio)[None], tiny.cfg)
+    for c in range(5):
+        assert torch.equal(sample.chunk_mel(audio, c, tiny.cfg)[:, :, 16:32], whole[:, 3 * c:3 * c + 3, 16:32])
+        if 0 < c < 4:                                       # at the ends the file has silence where the chunk's window has zeros
+            assert torch.equal(sample.chunk_mel(audio, c, tiny.cfg), whole[:, 3 * c:3 * c + 3])
+
+
+def test_the_stream_looks_no_further_than_it_says(tiny):
+    """120 ms of sound after the chunk (and 7.5 of the mel's own window) and no frame after it decide the chunk."""
+    clip, other = data.draw(13, 36, 32), data.draw(14, 36, 32)
+    n = 640 * 12 + 16 * 120 + 120
+    audio = np.concatenate([clip.audio[:n], other.audio[n:]])
+    video = torch.cat([clip.video[:12], other.video[12:]])
+    a, b = (next(iter(sample.stream(tiny, v, s))) for v, s in ((clip.video, clip.audio), (video, audio)))
+    assert torch.equal(a, b)
+
+
+def test_a_stream_of_any_length(tiny):
+    clip = data.draw(15, 31, 32)
+    lengths = [len(f) for f in sample.stream(tiny, iter(clip.video), clip.audio)]
+    assert lengths == [12, 12, 7]
+    with pytest.raises(data.Fail):
+        list(sample.stream(tiny, torch.zeros(12, 64, 64, 3, dtype=torch.uint8), clip.audio))
+
+
+def test_back_and_forth(tmp_path):
+    with data.write_video(tmp_path / "a.mp4", (32, 32)) as put:
+        for i in range(5):
+            put(np.full((32, 32, 3), 40 * i + 20, np.uint8))
+    seen = [round((f.float().mean().item() - 20) / 40) for f in sample.play(tmp_path / "a.mp4", 14)]
+    assert seen == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3, 4, 3]
+
+
+def test_dubbing_a_recording(tmp_path, student_file):
+    """29.97 fps, 176x144, stereo 44.1 kHz, shorter than the sound: sized, timed and sounding as asked, untouched outside the box."""
+    video, sound, out = tmp_path / "in.mp4", tmp_path / "in.wav", tmp_path / "out.mp4"
+    writer = imageio_ffmpeg.write_frames(str(video), (176, 144), fps=30000 / 1001, codec="libx264", quality=10, macro_block_size=2, ffmpeg_log_level="error")
+    writer.send(None)
+    still = np.random.default_rng(0).integers(0, 255, (9, 11, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    for _ in range(45):
+        writer.send(np.ascontiguousarray(still))
+    writer.close()
+    t = np.arange(int(3.1 * 44100)) / 44100
+    clicks = .8 * ((t % 1) < .002)
+    soundfile.write(sound, np.stack([clicks, clicks], 1), 44100)
+    sample.main(["--video", str(video), "--audio", str(sound), "--out", str(out), "--box", "40,30,100", "--weights", student_file])
+    frames = torch.stack(list(data.read_video(out)))
+    assert frames.shape == (78, 144, 176, 3)                                              # 3.1 s is 77.5 frames
+    before = torch.from_numpy(still).int()
+    outside = torch.ones(144, 176, dtype=torch.bool)
+    outside[80:132, 50:132] = False
+    assert (frames.int() - before)[:, outside].abs().float().mean() < 4
+    assert (frames.int() - before)[:, 95:120, 65:115].abs().float().mean() > 8
+    heard = np.flatnonzero(np.abs(data.read_audio(out)) > .2) / data.RATE
+    assert all(np.abs(heard - second).min() < .01 for second in range(4)) and np.abs(heard - heard.round()).max() < .04    # in step
+
+
+@pytest.mark.parametrize("script", ["data", "model", "syncnet", "sample", "distill", "bench"])
+def test_every_script_has_help(script):
+    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"python {script}.py" in done.stdout
+
+
+def test_bench_speed_ends_in_json(capsys):
+    bench.main(["speed", "--config", "tiny", "--rounds", "1", "--seconds", "1.92"])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["student"]["fps"] > 0 and result["student"]["passes_per_chunk"] == 3 and {"pass 1", "cache pass"} <= set(result["student"]["ms"])
+    assert result["bound"] == pytest.approx(100 / 3) and result["ratio"] == pytest.approx(result["student"]["fps"] / result["teacher_guided"]["fps"])

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import syncnet
+
+
+@pytest.mark.parametrize("shift", [-5, 0, 3])
+def test_a_known_shift_is_found(expert, shift):
+    """Sound late by `shift` frames, on people it never saw: the offset to the frame."""
+    clip = data.draw(data.SPLITS["held-out"] + 500, 96, 32)
+    audio = np.roll(clip.audio, shift * 640)
+    c, d, offset = syncnet.score(expert, clip.video[None], data.log_mel(audio)[None])
+    assert offset.item() == shift and c > .1
+
+
+def test_right_audio_beats_wrong(expert):
+    a, b = (data.draw(data.SPLITS["held-out"] + i, 72, 32) for i in (600, 602))
+    right, wrong = (syncnet.score(expert, a.video[None], data.log_mel(s)[None])[0].item() for s in (a.audio, b.audio))
+    assert right > 2 * wrong
+
+
+def test_measures_by_hand():
+    """Embeddings that agree at offset 2 only: distance 0 there, sqrt 2 elsewhere."""
+    v = torch.eye(40)[None]
+    c, d, offset = syncnet.sync(v, v.roll(2, 1))
+    assert offset.item() == 2 and d.item() == pytest.approx(0, abs=1e-6) and c.item() == pytest.approx(2 ** .5)
+
+
+def test_nce_by_hand():
+    v = torch.eye(4)[None]
+    loss, accuracy = syncnet.nce(v, v, torch.tensor(2.))
+    assert loss.item() == pytest.approx(np.log(np.exp(2) + 3) - 2, abs=1e-5) and accuracy == 1
+
+
+def test_a_judge_from_the_command_line(tmp_path, expert, capsys):
+    import dataclasses
+
+    import model as nn_model
+    weights = str(tmp_path / "judge.pt")
+    nn_model.save(weights, kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
+    clip = data.draw(data.SPLITS["held-out"] + 700, 72, 64)
+    with data.write_video(tmp_path / "a.mp4", (64, 64), clip.audio) as put:
+        for frame in clip.video:
+            put(frame.numpy())
+    soundfile.write(tmp_path / "late.wav", np.roll(clip.audio, 4 * 640), data.RATE)
+    syncnet.main(["--video", str(tmp_path / "a.mp4"), "--weights", weights])
+    syncnet.main(["--video", str(tmp_path / "a.mp4"), "--audio", str(tmp_path / "late.wav"), "--weights", weights])
+    own, late = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert "offset +0 frames" in own and "offset +4 frames (+160 ms)" in late
