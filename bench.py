@@ -18,8 +18,8 @@ import data
 import distill
 import model as nn_model
 import sample
-from data import Fail
-from model import Cache, Config, DiT, mixed, patchify, to_float, to_uint8
+from data import Fail, patchify, to_float, to_uint8
+from model import Cache, Config, DiT, mixed
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ def sync(device):
 
 def peak_gflops(device):
     """The best rate that a square matrix product reaches here, in the precision that the network runs in."""
-    n, dtype = (2048 if device.type == "cpu" else 8192), torch.bfloat16 if mixed(device)._enabled else torch.float32
+    n, dtype = (2048 if device.type == "cpu" else 8192), nn_model.fast_dtype(device)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(12):
@@ -65,7 +65,7 @@ def passes(model, clip, device, rounds):
 
     n = 4 * cfg.chunk
     with torch.no_grad(), mixed(device):
-        cache = Cache(model, 1, torch.bfloat16 if mixed(device)._enabled else None)
+        cache = Cache(model, 1, nn_model.fast_dtype(device))
         for c in range(3 + 4 * rounds):
             video = part("pixels in", lambda: patchify(to_float(clip.video[None, :n].to(device)), cfg.patch))
             mel = part("mel", lambda c=c: sample.chunk_mel(clip.audio, c % 4, cfg).to(device))
@@ -75,7 +75,7 @@ def passes(model, clip, device, rounds):
             for i, t in enumerate(sample.TIMES):
                 x0 = part(f"pass {i + 1}", lambda x=x, t=t, cond=cond, audio=audio: model(x, t, cond, audio, cache=cache).float())
             part("cache pass", lambda x0=x0, cond=cond, audio=audio: model(x0, 0., cond, audio, cache=cache, write=True))
-            part("pixels out", lambda x0=x0, video=video: to_uint8(nn_model.picture(x0, video, cfg.patch)).cpu())
+            part("pixels out", lambda x0=x0, video=video: to_uint8(data.picture(x0, video, cfg.patch)).cpu())
     return {name: statistics.median(times[3:]) for name, times in spent.items()}
 
 
@@ -112,7 +112,7 @@ def speed(cfg):
     work = 3 * nn_model.flops(model.cfg, chunk, model.cfg.sink + model.cfg.window)
     ratio, bound = middle["student"] / middle["teacher_guided"], 2 * sample.STEPS / (len(sample.TIMES) + 1)
 
-    print(f"{cfg.config} on {device}, {torch.get_num_threads()} threads, bf16 {'on' if mixed(device)._enabled else 'off'}, torch {torch.__version__}\n\n"
+    print(f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(nn_model.fast_dtype(device))[6:]}, torch {torch.__version__}\n\n"
           f"| | FPS, median (least to most) of {cfg.rounds} | TTFF (ms) |\n|---|---|---|")
     for name in rows:
         print(f"| {name.replace('_', ', ')} | {middle[name]:.1f} ({min(fps[name]):.1f} to {max(fps[name]):.1f}) | {1000 * ttff[name]:.1f} |")

@@ -14,7 +14,6 @@ import functools
 import json
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -87,52 +86,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-class Batch(NamedTuple):
-    source: torch.Tensor        # (B, L, N, 2 P) float in [-1, 1]: see patchify
-    reference: torch.Tensor     # the same shape: chunks of other moments
-    heard: torch.Tensor         # (B, L, W, MELS)
-    mel: torch.Tensor           # (B, 16 L, MELS), for the reward
-
-    @property
-    def x0(self):
-        """(B, L, N, P) float32: the lower half, what is to be generated."""
-        return self.source[..., self.source.shape[-1] // 2:].float()
-
-
-class Samples:
-    """Training samples out of a Bank, cut into patches once."""
-
-    def __init__(self, bank, cfg, device):
-        self.cfg, self.mel = cfg, bank.mel.to(device)
-        self.patches = torch.cat([nn_model.patchify(v[None], cfg.patch) for v in bank.video]).to(device)   # uint8
-        self.heard = nn_model.mel_windows(self.mel, cfg)
-        self.dtype = torch.bfloat16 if mixed(device)._enabled else torch.float32
-        if self.patches.shape[1] < cfg.latents + cfg.chunk:
-            raise Fail(f"clips of {self.patches.shape[1]} latent frames leave no room for a reference outside {cfg.latents}; raise --clip_latents")
-
-    def draw(self, n, rng):
-        """-> Batch. The reference of each chunk is another moment, outside the sample itself: there it would give the answer away."""
-        cfg, total = self.cfg, self.patches.shape[1]
-        L, k = cfg.latents, cfg.chunk
-        pick = lambda high, *shape: torch.randint(high, shape, generator=rng)                         # noqa: E731
-        clip, first = pick(len(self.patches), n), pick(total - L + 1, n)
-        at = first[:, None] + torch.arange(L)                                                         # B L
-        starts = torch.empty(n, -(-L // k), dtype=torch.long)
-        for i, s in enumerate(first.tolist()):
-            free = torch.tensor([*range(0, s - k + 1), *range(s + L, total - k + 1)])
-            starts[i] = free[pick(len(free), starts.shape[1])]
-        where = (starts[..., None] + torch.arange(k)).flatten(1)[:, :L]
-        source, reference = self.patches[clip[:, None], at], self.patches[clip[:, None], where]
-        # Some reference chunks are one frame held still, as at the start of a stream.
-        for b, c in (torch.rand(starts.shape, generator=rng) < cfg.still).nonzero().tolist():
-            chunk = reference[b, c * k:(c + 1) * k].unflatten(-1, (2, 4, -1))                         # k N half f 3pp
-            chunk[:] = chunk[:1, :, :, :1].clone()
-        source, reference = (x.to(self.dtype).sub_(127.5).div_(127.5) for x in (source, reference))
-        mel = torch.stack([self.mel[c, 16 * s:16 * (s + L)] for c, s in zip(clip, first)])
-        return Batch(source, reference, self.heard[clip[:, None], at], mel)
-
-
+# ---------------------------------------------------------------------------------------------------------- measuring
 def held_out(n, cfg, split, device, latents=24):
     """n dub pairs -> source and truth (n, T, S, S, 3) uint8, mel of the truth (n, 4 T, MELS)."""
     pairs = [data.dub_pair(i, 4 * latents, cfg.size, split) for i in range(n)]
@@ -317,7 +271,7 @@ def rollout(model, cond, audio, call, times, with_grad, device):
     """Self-forcing: the student's own clip (B, L, N, P), chunk by chunk as at inference, stopped at the drawn `call` in every
     chunk. Only that call carries gradient. cond, audio: the whole clip's, with gradient."""
     L, chunk, outputs = cond.known.shape[1], model.cfg.chunk, []
-    cache = Cache(model, len(cond.known), torch.bfloat16 if mixed(device)._enabled else None)
+    cache = Cache(model, len(cond.known), nn_model.fast_dtype(device))
     for a in range(0, L, chunk):
         part, heard = Cond(*(c[:, a:a + chunk] for c in cond)), audio[:, a:a + chunk]
         still = Cond(*(c.detach() for c in part)), heard.detach()
@@ -402,7 +356,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                 x_t = add_noise(X, torch.randn_like(X), t)
                 real = real_score(teacher, x_t, t, teacher.embed_cond(batch.source, batch.reference), teacher.embed_audio(batch.heard), cfg)
                 fake = critic(x_t, t, critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)).float()
-            weight, c = reward_weights(reward, nn_model.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
+            weight, c = reward_weights(reward, data.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
             loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
             loss.backward()
             values.update(loss=loss.item(), norm=optimizer_step(optimizer, student, cfg.student_lr), reward=c.mean().item(), weight=weight.mean().item())
@@ -492,7 +446,8 @@ def main(argv):
     data.free_space(cfg.out, 500 << 20)
     device, spent, banks = nn_model.find_device(cfg.device), {}, {}
     nn_model.keep_memory()
-    print(f"{cfg.config} on {device} ({torch.get_num_threads()} threads, bf16 {'on' if mixed(device)._enabled else 'off'}), results in {cfg.out}/", flush=True)
+    dtype = nn_model.fast_dtype(device)
+    print(f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}; results in {cfg.out}/", flush=True)
 
     def bank(split):
         if split not in banks:
@@ -522,7 +477,7 @@ def main(argv):
     reward = stage("syncnet", expert("train", cfg.seed + 10), load_expert)
     judge = stage("judge", expert("judge", cfg.seed + 20), load_expert)
     banks.pop("judge", None)
-    watch, samples = held_out(cfg.eval_clips, cfg, "watch", device), functools.cache(lambda: Samples(bank("train"), cfg, device))
+    watch, samples = held_out(cfg.eval_clips, cfg, "watch", device), functools.cache(lambda: data.Samples(bank("train"), cfg, device, dtype))
     load_net = lambda path: load_matching(path, cfg, device)                                         # noqa: E731
     teacher = stage("teacher", lambda _: train_teacher(cfg, samples(), judge, watch, device), load_net)
     if cfg.stage == "teacher":

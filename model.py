@@ -21,9 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from data import MELS, Fail
+from data import MELS, Fail, patchify
 
-SILENCE = (-5 + 1.5) / 3        # log-mel of nothing, for the frames before and after a file
 MAX_LATENTS = 256               # RoPE table; streaming uses the first window + sink of it, however long the video
 
 
@@ -48,52 +47,9 @@ SIZES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ patches
 def tokens(cfg):
     """N, tokens to a latent frame: the patches of the square's lower half."""
     return (cfg.size // cfg.patch) ** 2 // 2
-
-
-def patchify(video, p):
-    """(B, T, S, S, 3) -> (B, L, N, 2 P): per token of the lower half, the patch half a square above it, then its own."""
-    B, T, H, W, _ = video.shape
-    if T % 4 or H % (2 * p) or W % p:
-        raise Fail(f"a video of {T} frames of {W}x{H} does not split into tokens of 4 frames x {p} x {p} pixels")
-    x = video.reshape(B, T // 4, 4, 2, H // p // 2, p, W // p, p, 3)              # B L f half row p column p c
-    return x.permute(0, 1, 4, 6, 3, 2, 5, 7, 8).reshape(B, T // 4, -1, 24 * p * p)
-
-
-def unpatchify(x, p):
-    """Inverse of patchify."""
-    B, L, N, _ = x.shape
-    n = int((2 * N) ** .5)
-    x = x.reshape(B, L, n // 2, n, 2, 4, p, p, 3)                                 # B L row column half f p p c
-    return x.permute(0, 1, 5, 4, 2, 6, 3, 7, 8).reshape(B, 4 * L, n * p, n * p, 3)
-
-
-def picture(x, source, p):
-    """x (B, L, N, P), the lower half, and source (B, L, N, 2 P), whose upper half it belongs to -> video (B, T, S, S, 3)."""
-    return unpatchify(torch.cat([source[..., : 12 * p * p].to(x.dtype), x], -1), p)
-
-
-def to_float(video):
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return video.float().div_(127.5).sub_(1)
-
-
-def to_uint8(video):
-    """float in [-1, 1] -> uint8 0..255."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def mel_windows(mel, cfg, start=0, latents=None):
-    """mel (B, M, MELS), 16 frames to a latent frame -> (B, L, back + 16 + ahead, MELS): what each latent frame hears, from
-    latent frame `start` on. Each window stands alone, so a chunk's audio features are those of the whole file."""
-    latents = mel.shape[1] // 16 - start if latents is None else latents
-    lo, hi = 16 * start - cfg.audio_back, 16 * (start + latents) + cfg.audio_ahead
-    part = mel[:, max(0, lo):hi]
-    part = F.pad(part, (0, 0, max(0, -lo), hi - max(0, lo) - part.shape[1]), value=SILENCE)
-    return part.unfold(1, cfg.audio_back + 16 + cfg.audio_ahead, 16).transpose(2, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -336,13 +292,17 @@ def find_device(name=""):
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def mixed(device):
-    """bf16 autocast where the hardware multiplies it: any recent GPU, CPUs with AVX-512 BF16 or AMX."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+def fast_dtype(device):
+    """What the hardware multiplies fastest: bf16 on any recent GPU and on CPUs with AVX-512 BF16 or AMX, else float32."""
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
-        fast = bool(has.get("avx512_bf16") or has.get("amx_tile"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_tile") else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def mixed(device):
+    """Autocast to fast_dtype, where that is not float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
 
 
 def keep_memory():

@@ -15,7 +15,9 @@ import dataclasses
 import itertools
 import tempfile
 import time
+from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,8 @@ import torch.nn.functional as F
 import data
 import model as nn_model
 import syncnet
-from data import FPS, RATE, Fail
-from model import Cache, Cond, load_dit, mel_windows, mixed, patchify, picture, to_float, to_uint8
+from data import FPS, RATE, Fail, mel_windows, patchify, picture, to_float, to_uint8
+from model import Cache, Cond, load_dit, mixed
 
 SHIFT = 5.                  # paper: 5
 STEPS = 50                  # the teacher's grid (paper: 50)
@@ -132,7 +134,7 @@ def generate(model, conditions, times=TIMES, rng=None):
     cache = None
     for cond, audio in conditions:
         device = cond.known.device
-        cache = cache or Cache(model, len(cond.known), torch.bfloat16 if torch.is_autocast_enabled(device.type) else None)
+        cache = cache or Cache(model, len(cond.known), nn_model.fast_dtype(device))
         noise = lambda: torch.randn(cond.known.shape, generator=rng).to(device)   # noqa: E731, B023
         with mixed(device):
             for i, t in enumerate(times):
@@ -261,18 +263,21 @@ def dub_file(model, cfg):
 
 
 def side_by_side(path, model, pairs, seed=0, scale=4):
-    """Dub drawn (source, truth) pairs, source | dub | truth, one after another, with the dub's sound -> an mp4."""
-    size, frames, sound = model.cfg.size, [], []
+    """Dub drawn (source, truth) pairs -> an mp4, source | dub | truth one pair after another with the dub's sound, and beside it a PNG
+    of eight moments of each: rows of source, dub, truth."""
+    size, frames, sound, sheet = model.cfg.size, [], [], []
     for source, truth in pairs:
         dub = torch.cat(list(stream(model, source.video, truth.audio, seed=seed)))
         frames.append(torch.cat([source.video, dub, truth.video], 2))
+        sheet += [torch.cat(list(v[6::max(1, len(v) // 8)][:8]), 1) for v in (source.video, dub, truth.video)]
         sound.append(truth.audio)
     frames = torch.cat(frames)
     big = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2) if scale > 1 else frames
     with data.write_video(path, (3 * size * scale, size * scale), np.concatenate(sound)) as put:
         for frame in big:
             put(frame.numpy())
-    return frames
+    sheet = torch.cat(sheet).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    matplotlib.image.imsave(Path(path).with_suffix(".png"), sheet.numpy())
 
 
 @dataclasses.dataclass
@@ -296,7 +301,7 @@ def main(argv):
         return dub_file(model, cfg)
     pair = data.dub_pair(1000 + cfg.seed, 96, model.cfg.size)
     side_by_side(cfg.out, model, [pair], cfg.seed)
-    print(f"{cfg.out}: source | dub | truth, 3.84 s, a face and a voice that training never saw")
+    print(f"{cfg.out}: source | dub | truth, 3.84 s, a face and a voice that training never saw; {Path(cfg.out).with_suffix('.png')}: moments of it")
 
 
 if __name__ == "__main__":

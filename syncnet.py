@@ -82,7 +82,7 @@ def score(net, video, mel):
     """net's Sync-C, Sync-D, offset, each (B,). video (B, T, S, S, 3) in [-1, 1] or uint8; mel (B, 4 T, MELS). Fail: under 12 frames."""
     if video.shape[1] < 12:
         raise Fail(f"{video.shape[1]} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
-    video = model.to_float(video) if video.dtype == torch.uint8 else video
+    video = data.to_float(video) if video.dtype == torch.uint8 else video
     with model.mixed(video.device):
         return sync(*net(video, mel))
 
@@ -101,7 +101,7 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
         video = torch.stack([bank.video[i, s:s + T] for i, s in zip(clip, first)]).to(device)
         mel = torch.stack([bank.mel[i, 4 * s:4 * (s + T)] for i, s in zip(clip, first)]).to(device)
         mel = mel + .05 * torch.randn(batch, 1, 1, generator=rng).to(device)             # level
-        video = model.to_float(video) * (1 + .1 * torch.randn(batch, 1, 1, 1, 1, generator=rng).to(device))
+        video = data.to_float(video) * (1 + .1 * torch.randn(batch, 1, 1, 1, 1, generator=rng).to(device))
         with model.mixed(device):
             v, a = net(video, mel)
         loss, accuracy = nce(v, a, net.log_scale.exp().clamp(max=100))

@@ -32,7 +32,7 @@ def cfg(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def samples(cfg):
-    return distill.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, torch.device("cpu"))
+    return data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, torch.device("cpu"), nn_model.fast_dtype(torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +55,8 @@ def parts(tiny):
     """make(L, batch) -> x, cond, audio of L latent frames."""
     def make(latents, batch=2):
         video = torch.rand(batch, 4 * latents, 32, 32, 3) * 2 - 1
-        patches = nn_model.patchify(video, 8)
+        patches = data.patchify(video, 8)
         cond = tiny.embed_cond(patches, patches.roll(1, 1))
-        heard = nn_model.mel_windows(torch.randn(batch, 16 * latents, data.MELS), tiny.cfg)
+        heard = data.mel_windows(torch.randn(batch, 16 * latents, data.MELS), tiny.cfg)
         return torch.randn_like(cond.known), nn_model.Cond(*(c.detach() for c in cond)), tiny.embed_audio(heard).detach()
     return make

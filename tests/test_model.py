@@ -77,9 +77,9 @@ def test_300_chunks_in_constant_memory(tiny, parts):
 
 def test_patches_round_trip():
     video = torch.randint(256, (2, 8, 64, 64, 3), dtype=torch.uint8)
-    x = nn_model.patchify(video, 16)
-    assert x.shape == (2, 2, 8, 2 * 3072) and torch.equal(nn_model.unpatchify(x, 16), video)
-    assert torch.equal(nn_model.picture(x[..., 3072:], x, 16), video)
+    x = data.patchify(video, 16)
+    assert x.shape == (2, 2, 8, 2 * 3072) and torch.equal(data.unpatchify(x, 16), video)
+    assert torch.equal(data.picture(x[..., 3072:], x, 16), video)
     assert torch.equal(x[0, 0, 0, 3072:].view(4, 16, 16, 3), video[0, :4, 32:48, :16])
 
 
@@ -101,10 +101,10 @@ def test_overlap_add_is_fold():
 @torch.no_grad()
 def test_outside_the_mask_the_source_is_kept(tiny):
     video = torch.rand(1, 12, 32, 32, 3) * 2 - 1
-    patches = nn_model.patchify(video, 8)
+    patches = data.patchify(video, 8)
     cond = tiny.embed_cond(patches, patches)
-    audio = tiny.embed_audio(nn_model.mel_windows(torch.randn(1, 48, data.MELS), tiny.cfg))
-    out = nn_model.picture(tiny(torch.randn_like(cond.known), .9, cond, audio), patches, 8)
+    audio = tiny.embed_audio(data.mel_windows(torch.randn(1, 48, data.MELS), tiny.cfg))
+    out = data.picture(tiny(torch.randn_like(cond.known), .9, cond, audio), patches, 8)
     outside = (data.mouth_mask(32) == 0)[None, None, :, :, None].expand_as(video)
     assert torch.equal(out[outside], video[outside]) and not torch.allclose(out, video, atol=.05)
 
@@ -113,8 +113,8 @@ def test_outside_the_mask_the_source_is_kept(tiny):
 def test_what_the_source_says_under_the_mask_is_not_read(tiny, parts):
     video = torch.rand(1, 12, 32, 32, 3) * 2 - 1
     hidden = torch.where((data.mouth_mask(32) == 1)[:, :, None], torch.rand_like(video), video)
-    reference = nn_model.patchify(video, 8)
-    a, b = (tiny.embed_cond(nn_model.patchify(v, 8), reference) for v in (video, hidden))
+    reference = data.patchify(video, 8)
+    a, b = (tiny.embed_cond(data.patchify(v, 8), reference) for v in (video, hidden))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.known, b.known)
 
 

@@ -43,7 +43,7 @@ def test_guidance_one_is_the_conditional_prediction(tiny, parts):
 
 
 def test_null_audio_is_what_training_drops_to(tiny):
-    heard = nn_model.mel_windows(torch.randn(2, 48, data.MELS), tiny.cfg)
+    heard = data.mel_windows(torch.randn(2, 48, data.MELS), tiny.cfg)
     dropped = tiny.embed_audio(heard, torch.tensor([True, False]))
     torch.testing.assert_close(dropped[:1], sample.null_audio(tiny, 3, 1))
 
@@ -72,7 +72,7 @@ def test_the_stream_equals_the_batch(tiny):
 
 def test_mel_of_a_chunk_is_that_of_the_file(tiny):
     audio = data.draw(12, 60, 32).audio
-    whole = nn_model.mel_windows(data.log_mel(audio)[None], tiny.cfg)
+    whole = data.mel_windows(data.log_mel(audio)[None], tiny.cfg)
     for c in range(5):
         assert torch.equal(sample.chunk_mel(audio, c, tiny.cfg)[:, :, 16:32], whole[:, 3 * c:3 * c + 3, 16:32])
         if 0 < c < 4:                                       # at the ends the file has silence where the chunk's window has zeros
