@@ -52,7 +52,8 @@ def peak_gflops(device):
 
 
 def passes(model, clip, device, rounds):
-    """Milliseconds of each part of a chunk, once the window is full: {part: median}."""
+    """Milliseconds of each part of a chunk, once the window is full: {part: median}. The cache pass stands alone here; a stream runs it
+    together with the next chunk's pass 1."""
     cfg, spent = model.cfg, {}
 
     def part(name, work):
@@ -87,7 +88,7 @@ def speed(cfg):
         torch.set_num_threads(cfg.threads)
     nn_model.keep_memory()
     torch.manual_seed(cfg.seed)
-    model = DiT(Config(**nn_model.SIZES[cfg.config])).to(device).eval()
+    model = DiT(Config(**nn_model.SIZES[cfg.config])).to(device, nn_model.fast_dtype(device)).eval()
     recipe = distill.Config(**distill.PRESETS[cfg.config])
     window = 4 * recipe.latents                                                     # frames that the teacher makes at once
     T = max(1, round(cfg.seconds * data.FPS / window)) * window

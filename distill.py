@@ -384,6 +384,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
 # -------------------------------------------------------------------------------------------------------------- the job
 def closing_table(cfg, teacher, student, judge, device, spent):
     """Held-out dub pairs: teacher against student; then what each stage took."""
+    teacher, student = (copy.deepcopy(net).to(nn_model.fast_dtype(device)) for net in (teacher, student))      # as sample.py runs them
     source, truth, mel = held_out(cfg.table_clips, cfg, "held-out", device)
     one, audio, T = source[0], data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
     rows = [("truth", judged(truth, truth, mel, judge), None)]

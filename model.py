@@ -107,7 +107,8 @@ def attend_chunks(q, k, v, rope, cfg):
 
 class Cache:
     """Keys (before RoPE) and values of what the next chunk sees of the past, per block. Fixed memory: sink + window - chunk latent
-    frames, however long the video. One pass at t = 0 writes a finished chunk (`write=True`); other passes only read."""
+    frames, however long the video. A pass at t = 0 writes a finished chunk (`write=True`); the chunk after it may come along in
+    the same pass, and sees what was just written. Other passes only read."""
 
     def __init__(self, model, batch, dtype=None):
         cfg, parameter = model.cfg, model.head.weight
@@ -117,26 +118,41 @@ class Cache:
         self.chunks, self.frames = 0, []         # chunks written; the latent frames held, in order
 
     def attend(self, i, q, k, v, rope, write):
-        """Block i's attention over the cached and the new keys; with `write`, keep what the next chunk will see."""
-        N = rope.shape[1]
-        past = len(self.frames) * N
-        k = torch.cat([self.kv[i, 0, :, :, :past].to(k.dtype), k], 2)
-        v = torch.cat([self.kv[i, 1, :, :, :past].to(v.dtype), v], 2)
-        table = rope[: k.shape[2] // N]
-        if write:
-            held = self.frames + list(range(self.chunks * self.cfg.chunk, (self.chunks + 1) * self.cfg.chunk))
-            rows = torch.tensor([held.index(f) for f in self.kept()], device=k.device)
-            rows = (rows[:, None] * N + torch.arange(N, device=k.device)).flatten()
-            self.kv[i, 0, :, :, : len(rows)] = k.detach().index_select(2, rows)
-            self.kv[i, 1, :, :, : len(rows)] = v.detach().index_select(2, rows)
-            if i == self.cfg.depth - 1:
-                self.frames, self.chunks = self.kept(), self.chunks + 1
-                return None                      # the last block's output is nobody's key
-        return dense(rotate(q, table[-(q.shape[2] // N):]), rotate(k, table), v)
+        """Block i's attention over the cached and the new keys; with `write`, keep what the next chunk will see of the first new one."""
+        N, last = rope.shape[1], i == self.cfg.depth - 1
+        size = self.cfg.chunk * N
+        frames, outputs = self.frames, []
+        for c, (q_c, k_c, v_c) in enumerate(zip(q.split(size, 2), k.split(size, 2), v.split(size, 2))):
+            past = len(frames) * N
+            k_c = torch.cat([self.kv[i, 0, :, :, :past].to(k.dtype), k_c], 2)
+            v_c = torch.cat([self.kv[i, 1, :, :, :past].to(v.dtype), v_c], 2)
+            table = rope[: k_c.shape[2] // N]
+            if write and last and c == 0:
+                outputs.append(q_c)              # the last block's output for a finished chunk is not used: anything will do
+            else:
+                outputs.append(dense(rotate(q_c, table[-(q_c.shape[2] // N):]), rotate(k_c, table), v_c))
+            if write and c == 0:
+                frames, runs = self.kept()
+                at = 0
+                for a, b in runs:                # places in the keys just attended to
+                    n = (b - a) * N
+                    self.kv[i, 0, :, :, at:at + n] = k_c[:, :, a * N:b * N].detach()
+                    self.kv[i, 1, :, :, at:at + n] = v_c[:, :, a * N:b * N].detach()
+                    at += n
+        if write and last:
+            self.frames, self.chunks = frames, self.chunks + 1
+        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
     def kept(self):
-        """The past latent frames that the chunk after this one sees."""
-        return [f for f in visible(self.chunks + 1, self.cfg) if f < (self.chunks + 1) * self.cfg.chunk]
+        """What the chunk after this one sees of the past -> its latent frames, and the runs (first, end) of their places among the
+        frames held now and this chunk's."""
+        end = (self.chunks + 1) * self.cfg.chunk
+        frames = [f for f in visible(self.chunks + 1, self.cfg) if f < end]
+        held = self.frames + list(range(end - self.cfg.chunk, end))
+        places, runs = [held.index(f) for f in frames], []
+        for p in places:
+            runs = runs[:-1] + [(runs[-1][0], p + 1)] if runs and runs[-1][1] == p else runs + [(p, p + 1)]
+        return frames, runs
 
 
 # ------------------------------------------------------------------------------------------------------------- the DiT
@@ -159,7 +175,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.tensor([0., 0., .5, 0., 0., .5])[:, None].repeat(1, D))
 
     def forward(self, x, mod, audio, attend):
-        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each (B, h, L N, d) -> the same or None."""
+        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each (B, h, L N, d) -> the same."""
         B, L, N, D = x.shape
         h = self.cfg.heads
         shift, scale, gate, shift2, scale2, gate2 = (mod + self.modulation)[:, :, None].unbind(3)  # each B L 1 D
@@ -168,8 +184,6 @@ class Block(nn.Module):
         q, k, v = self.qkv(y).view(B, L * N, 3, h, D // h).permute(2, 0, 3, 1, 4)                  # each B h LN d
         norm = lambda z, g: F.layer_norm(z, (D // h,), g.to(z.dtype))        # noqa: E731  QK-norm as in ViT-22B, arXiv 2302.05442
         y = attend(norm(q, self.q_scale), norm(k, self.k_scale), v)
-        if y is None:
-            return None
         x = x + gate * self.out(y.transpose(1, 2).reshape(B, L, N, D))
         y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
         return x + gate2 * self.down(F.silu(self.up(y)))
@@ -240,14 +254,25 @@ class DiT(nn.Module):
 
     def embed_cond(self, source, reference):
         """source, reference (B, L, N, 2 P) in [-1, 1], see patchify; what the source shows under the mask is not read."""
-        P = self.mask.shape[1]
+        P, dtype = self.mask.shape[1], self.dtype(source)
         known = source[..., P:] * (1 - self.mask).to(source.dtype)
-        return Cond(known, self.from_source(torch.cat([source[..., :P], known], -1)) + self.from_reference(reference) + self.place)
+        around = torch.cat([source[..., :P], known], -1)
+        return Cond(known, self.from_source(around.to(dtype)) + self.from_reference(reference.to(dtype)) + self.place)
+
+    def dtype(self, x):
+        """What the first layer of x wants: its weights' type, or (autocast) x as it is."""
+        return x.dtype if torch.is_autocast_enabled(x.device.type) else self.head.weight.dtype
+
+    def modulation(self, t):
+        """t (B, L or 1) in 0..1 or a float -> (B, L or 1, 8, D): all that depends on time alone, for as many passes as share it."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=self.mask.device)
+        freq = 1000 * t.reshape(t.shape if t.ndim == 2 else (1, 1))[..., None] * torch.exp(-torch.arange(64, device=t.device) / 64 * 9.21)
+        return self.time(torch.cat([freq.cos(), freq.sin()], -1).to(self.head.weight.dtype)).unflatten(-1, (8, -1))
 
     def embed_audio(self, windows, drop=None):
         """windows (B, L, back + 16 + ahead, MELS) -> (B, L, depth, D); drop (B,) bool: told nothing (guidance's null)."""
         B, L, W, M = windows.shape
-        y = windows.reshape(B * L, W, M).transpose(1, 2)
+        y = windows.reshape(B * L, W, M).transpose(1, 2).to(self.dtype(windows))
         for conv in self.hear:
             y = F.silu(conv(y))
         y = self.hear_out(y.flatten(1)).view(B, L, -1)
@@ -256,25 +281,26 @@ class DiT(nn.Module):
         return self.audio_to_blocks(y).view(B, L, self.cfg.depth, -1)
 
     def forward(self, x_t, t, cond, audio, causal=False, cache=None, write=False):
-        """x_t (B, L, N, P): noisy patches; t (B, L), (B, 1) or a float in 0..1: their noise level -> x0 (B, L, N, P).
+        """x_t (B, L, N, P): noisy patches; t (B, L), (B, 1) or a float in 0..1: their noise level, or its `modulation` -> x0 (B, L, N, P).
 
-        Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk, and `write`
-        stores it as finished (then x_t is clean, t is 0, and nothing is returned)."""
+        Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk, or with `write` a
+        finished chunk (clean, t = 0) that is stored, and the one after it or nothing. Only the latter's x0 is returned then."""
         B, L, N, _ = x_t.shape
         if L > MAX_LATENTS and not causal:
             raise Fail(f"{L} latent frames at once, at most {MAX_LATENTS}; stream it, or cut it into windows")
-        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1, 1) if not torch.is_tensor(t) or t.ndim < 2 else t
-        freq = 1000 * t[..., None] * torch.exp(-torch.arange(64, device=t.device) / 64 * 9.21)
-        mod = self.time(torch.cat([freq.cos(), freq.sin()], -1)).unflatten(-1, (8, -1))           # B L|1 8 D
-        x = self.from_noisy(x_t) + cond.tokens
+        mod = t if torch.is_tensor(t) and t.ndim == 4 else self.modulation(t)                      # B L|1 8 D
+        x = self.from_noisy(x_t.to(self.dtype(x_t))) + cond.tokens
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 attend = lambda q, k, v, i=i: cache.attend(i, q, k, v, self.rope, write)          # noqa: E731
             else:
                 attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
-        if x is None:
-            return None
+        if write:
+            k = self.cfg.chunk
+            if L == k:
+                return None
+            x, mod, cond, L = x[:, k:], mod[:, -k:], Cond(*(c[:, k:] for c in cond)), L - k
         shift, scale = mod[:, :, None, 6:].unbind(3)
         x = self.head(F.layer_norm(x, (x.shape[-1],)) * (1 + scale) + shift)
         x = OverlapAdd.apply(x.view(B * L, self.n // 2, self.n, -1), self.cfg.patch, self.m)
@@ -341,12 +367,12 @@ def load(path, kind):
     return state
 
 
-def load_dit(path, device="cpu"):
-    """-> DiT in evaluation mode, from a teacher or student checkpoint."""
+def load_dit(path, device="cpu", dtype=torch.float32):
+    """-> DiT in evaluation mode, from a teacher or student checkpoint. With fast_dtype its weights are cast once, not once a pass."""
     state = load(path, "dit")
     model = DiT(Config(**state["model_config"]))
     model.load_state_dict({k: v.float() for k, v in state["model"].items()})
-    return model.to(device).eval()
+    return model.to(device, dtype).eval()
 
 
 def flops(cfg, latents, keys=None):

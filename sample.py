@@ -129,20 +129,25 @@ def dub_teacher(model, source, mel, steps=STEPS, guidance=1., latents=12, seed=0
 def generate(model, conditions, times=TIMES, rng=None):
     """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each.
 
-    Three passes a chunk: noise -> x0, re-noised with fresh noise -> x0, and, after the chunk is handed over, one at t = 0 that
-    writes the cache for the next."""
-    cache = None
+    The paper's three passes a chunk: noise -> x0, re-noised with fresh noise -> x0, and one at t = 0 that writes the cache. The
+    last is not needed before the next chunk, so it runs in one forward with that chunk's first: two calls a chunk, the same numbers."""
+    cache, before = None, None
     for cond, audio in conditions:
-        device = cond.known.device
-        cache = cache or Cache(model, len(cond.known), nn_model.fast_dtype(device))
-        noise = lambda: torch.randn(cond.known.shape, generator=rng).to(device)   # noqa: E731, B023
+        device, k = cond.known.device, model.cfg.chunk
+        noise = lambda: torch.randn(cond.known.shape, generator=rng).to(device)   # noqa: E731
         with mixed(device):
+            if cache is None:
+                cache, mods = Cache(model, len(cond.known), nn_model.fast_dtype(device)), [model.modulation(t) for t in times]
+                joint = torch.cat([model.modulation(0.).expand(-1, k, -1, -1), mods[0].expand(-1, k, -1, -1)], 1)
             for i, t in enumerate(times):
-                x = add_noise(x0, noise(), t) if i else noise()              # noqa: F821
-                x0 = model(x, t, cond, audio, cache=cache).float()
+                x = add_noise(x0, noise(), t) if i else noise()                   # noqa: F821
+                if i == 0 and before is not None:
+                    both = [torch.cat(pair, 1) for pair in zip((before[0], *before[1], before[2]), (x, *cond, audio))]
+                    x0 = model(both[0], joint, Cond(*both[1:3]), both[3], cache=cache, write=True).float()
+                else:
+                    x0 = model(x, mods[i], cond, audio, cache=cache).float()
+        before = x0, cond, audio
         yield x0
-        with mixed(device):
-            model(x0, 0., cond, audio, cache=cache, write=True)
 
 
 def dub_student(model, source, mel, times=TIMES, seed=0):
@@ -295,7 +300,8 @@ def main(argv):
     cfg = data.options(Options, argv, __doc__)
     if cfg.audio and not cfg.video:
         raise Fail("--audio without --video: which recording should it dub?")
-    model = load_dit(syncnet.find_weights("student", cfg.weights), nn_model.find_device(cfg.device))
+    device = nn_model.find_device(cfg.device)
+    model = load_dit(syncnet.find_weights("student", cfg.weights), device, nn_model.fast_dtype(device))
     if cfg.video:
         cfg.audio = cfg.audio or cfg.video
         return dub_file(model, cfg)
