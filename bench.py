@@ -1,23 +1,35 @@
-"""Every number in the README. The last line is one JSON object, for other programs.
+"""Every number in the README. The last line is one JSON object, for other programs; figures go to out/bench/.
 
-    python bench.py speed --config tiny         # frames a second, time to the first frame, milliseconds of each pass
+    python bench.py speed --config tiny         # frames a second, time to the first frame, each pass, training steps, memory
     python bench.py speed --config small --threads 1
+    python bench.py attention --config small    # the causal clip: a call a chunk, against one call with a mask, and flex_attention
 
 FPS: frames out over wall time, everything from raw pixels and samples to uint8 frames in host memory included. TTFF: from the
 moment the first chunk's pixels and samples are in memory to its first frame as uint8. One stream, batch 1. Speed does not depend
 on what the weights have learned, so they are random here.
 """
+import contextlib
+import copy
 import dataclasses
+import io
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import distill
 import model as nn_model
 import sample
+import syncnet
 from data import Fail, patchify, to_float, to_uint8
 from model import Cache, Config, DiT, mixed
 
@@ -29,7 +41,11 @@ class Speed:
     threads: int = 0        # CPU threads; 0: as many as torch takes
     rounds: int = 5         # times that each row is measured, taking turns
     seconds: float = 4.8    # of video in each
+    training: bool = True   # time training steps too
+    memory: bool = True     # and the peak memory of dubbing 30 and 180 seconds
+    chunks: int = 300       # in the figure
     seed: int = 0
+    out: str = "out/bench"
 
 
 def sync(device):
@@ -37,18 +53,36 @@ def sync(device):
         torch.cuda.synchronize()
 
 
+def seconds_of(work, device):
+    """-> seconds that work() takes, what it returned."""
+    sync(device)
+    begun = time.perf_counter()
+    result = work()
+    sync(device)
+    return time.perf_counter() - begun, result
+
+
+def start(cfg):
+    """What all benches begin with -> device."""
+    if cfg.config not in nn_model.SIZES:
+        raise Fail(f"--config {cfg.config}: one of {', '.join(nn_model.SIZES)}")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    data.free_space(cfg.out, 64 << 20)
+    nn_model.keep_memory()
+    torch.manual_seed(cfg.seed)
+    return nn_model.find_device(cfg.device)
+
+
+def about(bench, cfg, device):
+    return dict(bench=bench, config=cfg.config, device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, clips=1, seed=cfg.seed)
+
+
 def peak_gflops(device):
     """The best rate that a square matrix product reaches here, in the precision that the network runs in."""
-    n, dtype = (2048 if device.type == "cpu" else 8192), nn_model.fast_dtype(device)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
-        sync(device)
-        begun = time.perf_counter()
-        a @ b
-        sync(device)
-        times.append(time.perf_counter() - begun)
-    return 2 * n ** 3 / min(times) / 1e9
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=nn_model.fast_dtype(device)) for _ in range(2))
+    return 2 * n ** 3 / min(seconds_of(lambda: a @ b, device)[0] for _ in range(12)) / 1e9
 
 
 def passes(model, clip, device, rounds):
@@ -57,11 +91,8 @@ def passes(model, clip, device, rounds):
     cfg, spent = model.cfg, {}
 
     def part(name, work):
-        sync(device)
-        begun = time.perf_counter()
-        result = work()
-        sync(device)
-        spent.setdefault(name, []).append(1000 * (time.perf_counter() - begun))
+        took, result = seconds_of(work, device)
+        spent.setdefault(name, []).append(1000 * took)
         return result
 
     n = 4 * cfg.chunk
@@ -80,14 +111,61 @@ def passes(model, clip, device, rounds):
     return {name: statistics.median(times[3:]) for name, times in spent.items()}
 
 
+def steps_of(train, folder, stage):
+    """Run a real training and read from its log how long a step without evaluation takes: median seconds."""
+    (Path(folder) / "log.jsonl").unlink(missing_ok=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train()
+    rows = [r for line in open(Path(folder) / "log.jsonl") if (r := json.loads(line))["stage"] == stage]
+    return statistics.median(b["seconds"] - a["seconds"] for a, b in zip(rows[1:], rows[2:]) if "psnr" not in b and b["step"] == a["step"] + 1)
+
+
+def training(name, device, peak):
+    """Seconds of a teacher step and of a student update (with its critic updates), by the trainings themselves."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = distill.Config(**dict(distill.PRESETS[name], config=name, out=folder, clips=8, teacher_steps=16, dmd_steps=12, compile="off"))
+        samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, device, nn_model.fast_dtype(device))
+        watch, judge = distill.held_out(1, cfg, "watch", device), syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(device).eval()
+        teacher_s = steps_of(lambda: distill.train_teacher(cfg, samples, judge, watch, device), folder, "teacher")
+        net = nn_model.load_dit(f"{folder}/teacher.pt", device).requires_grad_(False)
+        update_s = steps_of(lambda: distill.train_dmd(cfg, net, copy.deepcopy(net), samples, judge, judge, watch, device), folder, "dmd")
+    # Three forward passes' worth a step; an update: see README, "Speed".
+    forward = nn_model.flops(net.cfg, cfg.latents)
+    band = (cfg.band_last - cfg.band_first) / 50
+    passes = cfg.critic_updates * (.5 * (1 + len(cfg.times)) + 1 + 3) + 2 + (1 + band) + 1
+    return dict(teacher_step_s=teacher_s, student_update_s=update_s, mfu=3 * forward * cfg.teacher_batch / teacher_s / peak / 1e9,
+                student_update_mfu=passes * forward * cfg.dmd_batch / update_s / peak / 1e9)
+
+
+MEASURE = "import resource, sys; sys.argv = sys.argv[1:]; import data, sample; data.run(sample.main); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def peak_memory(model, seconds):
+    """Peak resident MB of `sample.py` dubbing a drawn video of that many seconds, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights, video = f"{folder}/student.pt", f"{folder}/in.mp4"
+        nn_model.save(weights, kind="dit", model_config=dataclasses.asdict(model.cfg), model=model.float().state_dict())
+        clip = data.draw(data.SPLITS["held-out"], 250, model.cfg.size)
+        with data.write_video(video, (model.cfg.size, model.cfg.size), np.tile(clip.audio, -(-seconds // 10))) as put:
+            for i in range(seconds * data.FPS):
+                put(clip.video[i % 250].numpy())
+        done = subprocess.run([sys.executable, "-c", MEASURE, "sample.py", "--video", video, "--out", f"{folder}/out.mp4", "--weights", weights],
+                              capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def flat(model, chunks, device):
+    """Milliseconds of each of `chunks` streamed chunks, and of their running on: the same at the end as at the start."""
+    clip = data.draw(data.SPLITS["held-out"], 240, model.cfg.size)
+    source, audio = (f for _ in range(chunks) for f in clip.video[:12]), np.tile(clip.audio, -(-chunks // 20))
+    times, frames = [], sample.stream(model, source, audio)
+    for _ in range(chunks):
+        times.append(1000 * seconds_of(lambda: next(frames), device)[0])
+    return times
+
+
 def speed(cfg):
-    device = nn_model.find_device(cfg.device)
-    if cfg.config not in nn_model.SIZES:
-        raise Fail(f"--config {cfg.config}: one of {', '.join(nn_model.SIZES)}")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    nn_model.keep_memory()
-    torch.manual_seed(cfg.seed)
+    device = start(cfg)
     model = DiT(Config(**nn_model.SIZES[cfg.config])).to(device, nn_model.fast_dtype(device)).eval()
     recipe = distill.Config(**distill.PRESETS[cfg.config])
     window = 4 * recipe.latents                                                     # frames that the teacher makes at once
@@ -95,9 +173,8 @@ def speed(cfg):
     clip = data.draw(data.SPLITS["held-out"], T, model.cfg.size)
     mel, source = data.log_mel(clip.audio)[None].to(device), clip.video[None]
 
-    def teacher(scale):
-        for a in range(0, window if scale != 1 else T, window):                     # one window tells: the next ones are alike
-            yield sample.dub_teacher(model, source[:, a:a + window].to(device), mel[:, 4 * a:4 * (a + window)], guidance=scale, latents=recipe.latents)[0]
+    def teacher(scale):                                                             # one window tells: the next ones are alike
+        yield sample.dub_teacher(model, source[:, :window].to(device), mel[:, : 4 * window], guidance=scale, latents=recipe.latents)[0]
 
     rows = {"student": lambda: sample.stream(model, clip.video, clip.audio), "teacher_guided": lambda: teacher(recipe.guidance), "teacher": lambda: teacher(1.)}
     list(rows["student"]())
@@ -109,27 +186,96 @@ def speed(cfg):
     ttff = {name: statistics.median(m[1] for m in runs) for name, runs in measured.items()}
     middle = {name: statistics.median(values) for name, values in fps.items()}
     parts, peak = passes(model, clip, device, cfg.rounds), peak_gflops(device)
-    chunk = model.cfg.chunk
-    work = 3 * nn_model.flops(model.cfg, chunk, model.cfg.sink + model.cfg.window)
+    k = model.cfg.chunk
     ratio, bound = middle["student"] / middle["teacher_guided"], 2 * sample.STEPS / (len(sample.TIMES) + 1)
-
-    print(f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(nn_model.fast_dtype(device))[6:]}, torch {torch.__version__}\n\n"
-          f"| | FPS, median (least to most) of {cfg.rounds} | TTFF (ms) |\n|---|---|---|")
-    for name in rows:
-        print(f"| {name.replace('_', ', ')} | {middle[name]:.1f} ({min(fps[name]):.1f} to {max(fps[name]):.1f}) | {1000 * ttff[name]:.1f} |")
-    print(f"\nstudent over guided teacher: {ratio:.1f}x; the count of passes bounds it at {bound:.1f}\n\n| part of a chunk | ms |\n|---|---|")
-    for name, ms in parts.items():
-        print(f"| {name} | {ms:.2f} |")
-    print(f"| all | {sum(parts.values()):.2f} |\n")
-    print(json.dumps(dict(
-        bench="speed", config=cfg.config, device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, clips=1, seed=cfg.seed,
-        student=dict(fps=middle["student"], fps_range=[min(fps["student"]), max(fps["student"])], ttff_s=ttff["student"],
-                     ms_per_chunk=4000 * chunk / middle["student"], passes_per_chunk=len(sample.TIMES) + 1, ms=parts),
+    work = 3 * nn_model.flops(model.cfg, k, model.cfg.sink + model.cfg.window) / (4 * k / middle["student"]) / 1e9
+    result = dict(about("speed", cfg, device), student=dict(
+        fps=middle["student"], fps_range=[min(fps["student"]), max(fps["student"])], ttff_s=ttff["student"], ms_per_chunk=4000 * k / middle["student"],
+        passes_per_chunk=len(sample.TIMES) + 1, calls_per_chunk=len(sample.TIMES), ms=parts),
         teacher_guided=dict(fps=middle["teacher_guided"], ttff_s=ttff["teacher_guided"]), teacher=dict(fps=middle["teacher"], ttff_s=ttff["teacher"]),
-        ratio=ratio, bound=bound, stream_gflops=work / (4 * chunk / middle["student"]) / 1e9, peak_gflops=peak)))
+        ratio=ratio, bound=bound, stream_gflops=work, peak_gflops=peak)
+    if cfg.training:
+        result["train"] = training(cfg.config, device, peak)
+    if cfg.memory:
+        result["peak_rss_mb"] = {f"{s} s": peak_memory(model, s) for s in (30, 180)}
+        model.to(nn_model.fast_dtype(device))
+    times = flat(model, cfg.chunks, device)
+    report(cfg, result, fps, ttff, times)
 
 
-BENCHES = {"speed": (Speed, speed)}
+def report(cfg, result, fps, ttff, times):
+    """The Markdown tables, the figure, the JSON line."""
+    dtype = str(nn_model.fast_dtype(torch.device(result["device"])))[6:]
+    print(f"{cfg.config} on {result['device']}, {result['threads']} threads, {dtype}, torch {torch.__version__}, matrix products "
+          f"at most {result['peak_gflops']:.0f} GFLOP/s\n\n| | FPS, median (least to most) of {cfg.rounds} | TTFF (ms) |\n|---|---|---|")
+    for name, values in fps.items():
+        print(f"| {name.replace('_', ', ')} | {statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f}) | {1000 * ttff[name]:.1f} |")
+    print(f"\nstudent over guided teacher: {result['ratio']:.1f}x; the count of passes bounds it at {result['bound']:.1f}\n\n"
+          "| part of a chunk | ms |\n|---|---|")
+    for name, ms in result["student"]["ms"].items():
+        print(f"| {name} | {ms:.2f} |")
+    print(f"| all, one by one | {sum(result['student']['ms'].values()):.2f} |\n| as streamed | {result['student']['ms_per_chunk']:.2f} |\n")
+    for name, value in {**result.get("train", {}), **{f"peak MB, {s}": mb for s, mb in result.get("peak_rss_mb", {}).items()}}.items():
+        print(f"{name}: {value:.3g}" if value < 100 else f"{name}: {value:.0f}")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", width_ratios=(3, 1))
+    left.plot(times, lw=.8)
+    left.set(xlabel="chunk", ylabel="ms", ylim=(0, 2 * statistics.median(times)), title="time of each chunk (480 ms of video)")
+    right.bar([n.replace("_", "\n") for n in fps], [statistics.median(v) for v in fps.values()])
+    right.set(ylabel="frames a second", yscale="log")
+    right.axhline(data.FPS, color="gray", lw=.8)
+    figure.savefig(f"{cfg.out}/speed-{cfg.config}.png", dpi=90)
+    result["chunk_ms"] = dict(first_100=statistics.median(times[3:100]), last_100=statistics.median(times[-100:]))
+    print(f"chunks: median {result['chunk_ms']['first_100']:.2f} ms in the first 100, {result['chunk_ms']['last_100']:.2f} in the last; "
+          f"{cfg.out}/speed-{cfg.config}.png")
+    print(json.dumps(result))
+
+
+@dataclasses.dataclass
+class Attention:
+    config: str = "small"
+    device: str = ""
+    threads: int = 0
+    rounds: int = 7
+    flex: bool = True       # flex_attention too (compiles for a minute)
+    seed: int = 0
+    out: str = "out/bench"
+
+
+def attention(cfg):
+    """The causal full clip's attention three ways, forward, batch 4: milliseconds, median of the rounds, taking turns."""
+    device = start(cfg)
+    c = Config(**nn_model.SIZES[cfg.config])
+    rope, N, dtype = nn_model.rope_table(c).to(device), nn_model.tokens(c), nn_model.fast_dtype(device)
+    rows = []
+    for latents in (12, 48, 192):
+        q, k, v = (torch.randn(4, c.heads, latents * N, c.width // c.heads, device=device, dtype=dtype) for _ in range(3))
+        see = torch.zeros(latents, latents, dtype=torch.bool)
+        for chunk in range(latents // c.chunk):
+            see[chunk * c.chunk:(chunk + 1) * c.chunk, nn_model.visible(chunk, c)] = True
+        mask = see.repeat_interleave(N, 0).repeat_interleave(N, 1).to(device)
+        turned = [nn_model.rotate(x, rope[:latents]) for x in (q, k)]
+        ways = {"a call a chunk": lambda q=q, k=k, v=v: nn_model.attend_chunks(q, k, v, rope, c),
+                "one call, mask": lambda t=turned, v=v, mask=mask: F.scaled_dot_product_attention(*t, v, attn_mask=mask)}
+        if cfg.flex:
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+            see_there, compiled = see.to(device), torch.compile(flex_attention)
+            blocks = create_block_mask(lambda b, h, i, j, s=see_there: s[i // N, j // N], None, None, latents * N, latents * N, device=device)
+            ways["flex_attention"] = lambda t=turned, v=v, blocks=blocks: compiled(*t, v, block_mask=blocks)
+        with torch.no_grad():
+            spent = {name: [] for name in ways}
+            for r in range(cfg.rounds + 1):
+                for name, way in ways.items():
+                    took = seconds_of(way, device)[0]
+                    spent[name] += [1000 * took] if r else []
+        rows.append(dict(latents=latents, **{name: statistics.median(t) for name, t in spent.items()}))
+    names = [n for n in rows[0] if n != "latents"]
+    print("| latent frames | " + " | ".join(f"{n} (ms)" for n in names) + " |\n|---" + "|---" * len(names) + "|")
+    for row in rows:
+        print(f"| {row['latents']} | " + " | ".join(f"{row[n]:.2f}" for n in names) + " |")
+    print(json.dumps(dict(about("attention", cfg, device), rows=rows)))
+
+
+BENCHES = {"speed": (Speed, speed), "attention": (Attention, attention)}
 
 
 def main(argv):

@@ -8,6 +8,7 @@ Video is float in [-1, 1] inside and uint8 RGB outside, at 25 frames a second; a
 import argparse
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -157,8 +158,9 @@ class Samples:
         if self.patches.shape[1] < cfg.latents + cfg.chunk:
             raise Fail(f"clips of {self.patches.shape[1]} latent frames leave no room for a reference outside {cfg.latents}; raise --clip_latents")
 
-    def draw(self, n, rng):
-        """-> Batch. The reference of each chunk is another moment, outside the sample itself: there it would give the answer away."""
+    def draw(self, n, rng, rank=0, world=1):
+        """-> Batch of n, or process `rank`'s share of it if there are more. The reference of each chunk is another moment, outside the
+        sample itself: there it would give the answer away."""
         cfg, total = self.cfg, self.patches.shape[1]
         L, k = cfg.latents, cfg.chunk
         pick = lambda high, *shape: torch.randint(high, shape, generator=rng)                         # noqa: E731
@@ -168,10 +170,12 @@ class Samples:
         for i, s in enumerate(first.tolist()):
             free = torch.tensor([*range(0, s - k + 1), *range(s + L, total - k + 1)])
             starts[i] = free[pick(len(free), starts.shape[1])]
+        still = torch.rand(starts.shape, generator=rng) < cfg.still
+        clip, first, at, starts, still = (x[rank::world] for x in (clip, first, at, starts, still))
         where = (starts[..., None] + torch.arange(k)).flatten(1)[:, :L]
         source, reference = self.patches[clip[:, None], at], self.patches[clip[:, None], where]
         # Some reference chunks are one frame held still, as at the start of a stream.
-        for b, c in (torch.rand(starts.shape, generator=rng) < cfg.still).nonzero().tolist():
+        for b, c in still.nonzero().tolist():
             chunk = reference[b, c * k:(c + 1) * k].unflatten(-1, (2, 4, -1))                         # k N half f 3pp
             chunk[:] = chunk[:1, :, :, :1].clone()
         source, reference = (x.to(self.dtype).sub_(127.5).div_(127.5) for x in (source, reference))
@@ -191,19 +195,35 @@ def need_file(path):
         raise Fail(f"{path}: no such file")
 
 
+class Sound:
+    """The sound of any file that ffmpeg reads, mono float32 at 16 kHz: `len(sound)`, `sound[a:b]`. Kept in a temporary file, so that
+    an hour of it costs no memory. Fail: no sound in it, none of it, NaN."""
+
+    def __init__(self, path):
+        need_file(path)
+        self.file = tempfile.TemporaryFile()
+        done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path), "-vn", "-ac", "1", "-ar", str(RATE),
+                               "-f", "f32le", "-"], stdout=self.file, stderr=subprocess.PIPE)
+        if done.returncode:
+            raise Fail(f"{path}: no sound could be read ({ffmpeg_lines(done.stderr)}); give a file with sound, --audio X.wav for instance")
+        self.samples = self.file.seek(0, os.SEEK_END) // 4
+        if not self.samples:
+            raise Fail(f"{path}: its sound is empty (0 samples)")
+        if not all(np.isfinite(self[a:a + (1 << 20)]).all() for a in range(0, self.samples, 1 << 20)):
+            raise Fail(f"{path}: some samples are NaN or infinite; export it again as 16-bit PCM")
+
+    def __len__(self):
+        return self.samples
+
+    def __getitem__(self, where):
+        start, stop, _ = where.indices(self.samples)
+        self.file.seek(4 * start)
+        return np.frombuffer(bytearray(self.file.read(4 * max(0, stop - start))), np.float32)
+
+
 def read_audio(path):
-    """The sound of any file that ffmpeg reads -> (S,) float32 mono at 16 kHz. Fail: no sound in it, none of it, NaN."""
-    need_file(path)
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path), "-vn", "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
-    done = subprocess.run(command, capture_output=True)
-    if done.returncode:
-        raise Fail(f"{path}: no sound could be read ({ffmpeg_lines(done.stderr)}); give a file with sound, --audio X.wav for instance")
-    audio = np.frombuffer(bytearray(done.stdout), np.float32)
-    if not len(audio):
-        raise Fail(f"{path}: its sound is empty (0 samples)")
-    if not np.isfinite(audio).all():
-        raise Fail(f"{path}: {np.count_nonzero(~np.isfinite(audio))} samples are NaN or infinite; export it again as 16-bit PCM")
-    return audio
+    """All of a Sound -> (S,) float32."""
+    return Sound(path)[:]
 
 
 def probe(path):
@@ -310,13 +330,13 @@ def free_space(folder, need):
     """Make `folder`; Fail unless it can be written and has `need` bytes free."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        usage = os.statvfs(folder)
+        free = shutil.disk_usage(folder).free
     except OSError as e:
         raise Fail(f"{folder}: cannot be written ({e.strerror}); choose another --out") from None
     if not os.access(folder, os.W_OK):
         raise Fail(f"{folder}: not writable; choose another --out")
-    if usage.f_bavail * usage.f_frsize < need:
-        raise Fail(f"{folder}: {usage.f_bavail * usage.f_frsize >> 20} MB free, {need >> 20} MB needed; make room or choose another --out")
+    if free < need:
+        raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} MB needed; make room or choose another --out")
 
 
 # -------------------------------------------------------------------------------------------------------- command lines
@@ -348,6 +368,8 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:                                  # whoever read our frames has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclasses.dataclass

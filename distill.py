@@ -12,16 +12,19 @@ import copy
 import dataclasses
 import functools
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import data
 import model as nn_model
 import syncnet
 from data import Fail
-from model import SIZES, Cache, Cond, DiT, mixed
+from model import SIZES, Cache, Cond, DiT, Progress, mean_over_ranks, mine, mixed, model_fields, noise_like, ranks, save_dit
 from sample import SHIFT, TIMES, add_noise, clock, dub_student, dub_teacher, guided, null_audio, shift, side_by_side, stream, tau
 
 
@@ -71,12 +74,16 @@ class Config(nn_model.Config):
     raw_weights: bool = False       # paper: True; False divides them by their mean over the batch
     student_ema: float = .95
     save_seconds: int = 120         # between resumable checkpoints
+    accumulate: int = 1             # a batch is run in this many parts, for less memory
+    compile: str = "auto"           # torch.compile of the training passes: on, off, or auto: on for a GPU (on 2 CPU cores it does not pay)
 
     @property
     def times(self):
         return TIMES[0], tau(self.landing)
 
 
+# What a result depends on: the fields of Config down to this one.
+DEPENDS = {"syncnet": "sync_batch", "judge": "sync_batch", "teacher": "teacher_ema", "init": "init_lr", "student": "student_ema"}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
@@ -100,7 +107,7 @@ def judged(dub, truth, mel, judge):
     return dict(sync_c=c.mean().item(), sync_d=d.mean().item(), psnr=data.mouth_psnr(dub, truth).mean().item())
 
 
-# ------------------------------------------------------------------------------------------------------ logs, checkpoints
+# ---------------------------------------------------------------------------------------------------------------- logs
 class Log:
     """One fixed-width line on the screen, one JSON object in log.jsonl, and curves.png."""
 
@@ -108,10 +115,12 @@ class Log:
         self.path, self.folder, self.stage, self.steps, self.first, self.start = Path(folder) / "log.jsonl", folder, stage, steps, first, time.time()
 
     def __call__(self, step, **values):
+        if ranks()[0]:
+            return
         spent = time.time() - self.start
         left = spent / max(1, step - self.first) * (self.steps - step)
         with open(self.path, "a") as f:
-            f.write(json.dumps(dict(stage=self.stage, step=step, seconds=round(spent, 1), **{k: round(v, 5) for k, v in values.items()})) + "\n")
+            f.write(json.dumps(dict(stage=self.stage, step=step, seconds=round(spent, 4), **{k: round(v, 5) for k, v in values.items()})) + "\n")
         if not all(abs(v) < float("inf") for v in values.values()):
             raise Fail(f"{self.stage} step {step}: a value is not finite ({values}); lower the learning rate. The last good checkpoint is kept.")
         print(f"{self.stage:8} step {step:5d}/{self.steps} | " + " | ".join(f"{k} {v:8.4g}" for k, v in values.items())
@@ -136,41 +145,6 @@ class Log:
         plt.close(figure)
 
 
-class Progress:
-    """What a stage needs to go on where it was stopped: networks, optimizers, step, random states."""
-
-    def __init__(self, cfg, stage, rng, **parts):
-        self.path, self.rng, self.parts, self.cfg = Path(cfg.out) / f"{stage}.resume.pt", rng, parts, cfg
-        self.saved, self.step = time.time(), 0
-        if self.path.is_file():
-            state = nn_model.load(self.path, "resume")
-            if state["model_config"] != model_fields(cfg):
-                raise Fail(f"{self.path} is of another model; delete it, or choose another --out")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            rng.set_state(state["rng"])
-            torch.set_rng_state(state["torch_rng"])
-            self.step = state["step"]
-            print(f"{stage}: going on after step {self.step}")
-
-    def save(self, step):
-        if time.time() - self.saved > self.cfg.save_seconds:
-            nn_model.save(self.path, kind="resume", step=step, model_config=model_fields(self.cfg), rng=self.rng.get_state(),
-                          torch_rng=torch.get_rng_state(), **{name: part.state_dict() for name, part in self.parts.items()})
-            self.saved = time.time()
-
-    def done(self):
-        self.path.unlink(missing_ok=True)
-
-
-def model_fields(cfg):
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(nn_model.Config)}
-
-
-def save_dit(path, net, cfg, stage, step):
-    nn_model.save(path, kind="dit", stage=stage, step=step, model_config=model_fields(cfg), made_with=dataclasses.asdict(cfg), model=net.state_dict())
-
-
 @torch.no_grad()
 def ema(average, net, decay, step):
     """average <- decay average + (1 - decay) net; shorter at the beginning, when the weights are still far off."""
@@ -186,7 +160,7 @@ def masked_mse(model, x, y, weight=1.):
 
 def flow_loss(model, x0, cond, audio, t, weight_clip):
     """Flow matching with an x0 network, loss in velocity space: |v' - v|^2 = |x0' - x0|^2 / t^2, clipped. t (B, 1)."""
-    x0_hat = model(add_noise(x0, torch.randn_like(x0), t), t, cond, audio)
+    x0_hat = model(add_noise(x0, noise_like(x0), t), t, cond, audio)
     return masked_mse(model, x0_hat.float(), x0, (1 / t ** 2).clamp(max=weight_clip))
 
 
@@ -197,13 +171,33 @@ def rate(step, steps):
 
 
 def optimizer_step(optimizer, net, lr):
-    """Clip the gradient at 1, step, clear. -> gradient norm."""
+    """Average the gradient over the processes, clip it at 1, step, clear. -> gradient norm. Fail, before any weight is touched: not finite."""
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    if ranks()[1] > 1:
+        together = mean_over_ranks(torch.cat([g.flatten() for g in grads]))
+        for g, part in zip(grads, together.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
+    if not norm.isfinite():
+        raise Fail("the gradient is not finite; go on from the last checkpoint by running the same again, with a lower learning rate if it comes back")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm.item()
+
+
+def part_of(batch, cfg):
+    """Samples in one part of a batch, over all processes."""
+    parts = cfg.accumulate * ranks()[1]
+    if batch % parts:
+        raise Fail(f"a batch of {batch} does not split into {parts} equal parts (--accumulate x processes)")
+    return batch // cfg.accumulate
+
+
+def maybe_compile(net, cfg, device):
+    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
+        net.compile()
 
 
 def train_teacher(cfg, samples, judge, watch, device):
@@ -212,19 +206,21 @@ def train_teacher(cfg, samples, judge, watch, device):
     model = DiT(nn_model.Config(**model_fields(cfg))).to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.teacher_lr, betas=(.9, .98), weight_decay=.01, fused=True)
-    progress = Progress(cfg, "teacher", rng, model=model, average=average, optimizer=optimizer)
-    log = Log(cfg.out, "teacher", cfg.teacher_steps, progress.step)
+    progress = Progress(cfg, "teacher", DEPENDS["teacher"], rng, model=model, average=average, optimizer=optimizer)
+    log, n = Log(cfg.out, "teacher", cfg.teacher_steps, progress.step), part_of(cfg.teacher_batch, cfg)
+    maybe_compile(model, cfg, device)
     for step in range(progress.step + 1, cfg.teacher_steps + 1):
-        batch = samples.draw(cfg.teacher_batch, rng)
-        t = shift(torch.rand(cfg.teacher_batch, 1, generator=rng), cfg.t_shift).clamp(min=.02).to(device)
-        drop = (torch.rand(cfg.teacher_batch, generator=rng) < cfg.audio_drop).to(device)
-        with mixed(device):
-            cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
-            loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip)
-        loss.backward()
+        for _ in range(cfg.accumulate):
+            batch = samples.draw(n, rng, *ranks())
+            t = mine(shift(torch.rand(n, 1, generator=rng), cfg.t_shift).clamp(min=.02)).to(device)
+            drop = mine(torch.rand(n, generator=rng) < cfg.audio_drop).to(device)
+            with mixed(device):
+                cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
+                loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip)
+            (loss / cfg.accumulate).backward()
         norm = optimizer_step(optimizer, model, cfg.teacher_lr * rate(step, cfg.teacher_steps))
         ema(average, model, cfg.teacher_ema, step)
-        if step % max(1, cfg.teacher_steps // 4) == 0:
+        if step % max(1, cfg.teacher_steps // 4) == 0 and not ranks()[0]:
             source, truth, mel = watch
             dub = dub_teacher(average, source, mel, steps=10, guidance=cfg.guidance, latents=cfg.latents)
             log(step, loss=loss.item(), norm=norm, **judged(dub, truth, mel, judge))
@@ -244,20 +240,21 @@ def train_init(cfg, teacher, samples, judge, watch, device):
     model = copy.deepcopy(teacher).train().requires_grad_(True)
     average = copy.deepcopy(teacher)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.init_lr, betas=(.9, .98), weight_decay=.01, fused=True)
-    progress = Progress(cfg, "init", rng, model=model, average=average, optimizer=optimizer)
-    log, grid = Log(cfg.out, "init", cfg.init_steps, progress.step), torch.tensor(cfg.times)
+    progress = Progress(cfg, "init", DEPENDS["init"], rng, model=model, average=average, optimizer=optimizer)
+    log, n, grid = Log(cfg.out, "init", cfg.init_steps, progress.step), part_of(cfg.init_batch, cfg), torch.tensor(cfg.times)
     for step in range(progress.step + 1, cfg.init_steps + 1):
-        batch = samples.draw(cfg.init_batch, rng)
-        level = torch.randint(2, (cfg.init_batch, -(-cfg.latents // cfg.chunk)), generator=rng)
-        t = grid[level].repeat_interleave(cfg.chunk, 1)[:, : cfg.latents].to(device)                 # B L
-        with mixed(device):
-            cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard)
-            x0_hat = model(add_noise(batch.x0, torch.randn_like(batch.x0), t), t, cond, audio, causal=True)
-            loss = masked_mse(model, x0_hat.float(), batch.x0)
-        loss.backward()
+        for _ in range(cfg.accumulate):
+            batch = samples.draw(n, rng, *ranks())
+            level = mine(torch.randint(len(grid), (n, -(-cfg.latents // cfg.chunk)), generator=rng))
+            t = grid[level].repeat_interleave(cfg.chunk, 1)[:, : cfg.latents].to(device)             # B L
+            with mixed(device):
+                cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard)
+                x0_hat = model(add_noise(batch.x0, noise_like(batch.x0), t), t, cond, audio, causal=True)
+                loss = masked_mse(model, x0_hat.float(), batch.x0)
+            (loss / cfg.accumulate).backward()
         norm = optimizer_step(optimizer, model, cfg.init_lr * rate(step, cfg.init_steps))
         ema(average, model, cfg.student_ema, step)
-        if step % max(1, cfg.init_steps // 4) == 0:
+        if step % max(1, cfg.init_steps // 4) == 0 and not ranks()[0]:
             source, truth, mel = watch
             log(step, loss=loss.item(), norm=norm, **judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
             log.curves()
@@ -275,12 +272,12 @@ def rollout(model, cond, audio, call, times, with_grad, device):
     for a in range(0, L, chunk):
         part, heard = Cond(*(c[:, a:a + chunk] for c in cond)), audio[:, a:a + chunk]
         still = Cond(*(c.detach() for c in part)), heard.detach()
-        x = torch.randn_like(part.known)
+        x = noise_like(part.known)
         # Autocast remembers cast weights until its block ends, also those cast without gradient: one block a call.
         for i in range(call):
             with torch.no_grad(), mixed(device):
                 x0 = model(x, times[i], *still, cache=cache).float()
-            x = add_noise(x0, torch.randn_like(x0), times[i + 1])
+            x = add_noise(x0, noise_like(x0), times[i + 1])
         with torch.enable_grad() if with_grad else torch.no_grad(), mixed(device):
             x0 = model(x, times[call], part, heard, cache=cache).float()
         outputs.append(x0)
@@ -330,7 +327,7 @@ def reward_weights(net, video, mel, cfg):
     """exp(beta Sync-C(video, audio)) of the reward network, without gradient -> weights (B,), Sync-C (B,)."""
     c, _, _ = syncnet.score(net, video, mel)
     w = (cfg.beta * c).exp()
-    return (w if cfg.raw_weights else w / w.mean()), c
+    return (w if cfg.raw_weights else w / mean_over_ranks(w.mean())), c
 
 
 def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
@@ -341,36 +338,39 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0., .999), weight_decay=.01, fused=True)  # noqa: E731
     optimizer, critic_optimizer = adam(student, cfg.student_lr), adam(critic, cfg.critic_lr)
     iterations = cfg.dmd_steps * cfg.critic_updates
-    progress = Progress(cfg, "dmd", rng, student=student, average=average, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer)
-    log, values = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), {}
-    draw_t = lambda: shift(torch.rand(cfg.dmd_batch, 1, generator=rng), SHIFT).clamp(.001, .999).to(device)         # noqa: E731
+    progress = Progress(cfg, "dmd", DEPENDS["student"], rng, student=student, average=average, critic=critic,
+                        optimizer=optimizer, critic_optimizer=critic_optimizer)
+    log, values, n = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), {}, part_of(cfg.dmd_batch, cfg)
+    draw_t = lambda: mine(shift(torch.rand(n, 1, generator=rng), SHIFT).clamp(.001, .999)).to(device)               # noqa: E731
+    maybe_compile(critic, cfg, device)
     for i in range(progress.step + 1, iterations + 1):
-        moves = i % cfg.critic_updates == 0
-        batch, call = samples.draw(cfg.dmd_batch, rng), torch.randint(len(cfg.times), (), generator=rng).item()
-        with torch.enable_grad() if moves else torch.no_grad(), mixed(device):
-            cond, audio = student.embed_cond(batch.source, batch.reference), student.embed_audio(batch.heard)
-        X = rollout(student, cond, audio, call, cfg.times, moves, device)
-        if moves:
+        moves, call = i % cfg.critic_updates == 0, torch.randint(len(cfg.times), (), generator=rng).item()
+        for _ in range(cfg.accumulate):
+            batch = samples.draw(n, rng, *ranks())
+            with torch.enable_grad() if moves else torch.no_grad(), mixed(device):
+                cond, audio = student.embed_cond(batch.source, batch.reference), student.embed_audio(batch.heard)
+            X = rollout(student, cond, audio, call, cfg.times, moves, device)
+            if moves:
+                t = draw_t()
+                with torch.no_grad(), mixed(device):
+                    x_t = add_noise(X, noise_like(X), t)
+                    real = real_score(teacher, x_t, t, teacher.embed_cond(batch.source, batch.reference), teacher.embed_audio(batch.heard), cfg)
+                    fake = critic(x_t, t, critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)).float()
+                weight, c = reward_weights(reward, data.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
+                loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
+                (loss / cfg.accumulate).backward()
             t = draw_t()
-            with torch.no_grad(), mixed(device):
-                x_t = add_noise(X, torch.randn_like(X), t)
-                real = real_score(teacher, x_t, t, teacher.embed_cond(batch.source, batch.reference), teacher.embed_audio(batch.heard), cfg)
-                fake = critic(x_t, t, critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)).float()
-            weight, c = reward_weights(reward, data.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
-            loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
-            loss.backward()
+            with mixed(device):
+                cond, audio = critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)
+                critic_loss = flow_loss(critic, X.detach(), cond, audio, t, cfg.weight_clip)
+            (critic_loss / cfg.accumulate).backward()
+        if moves:
             values.update(loss=loss.item(), norm=optimizer_step(optimizer, student, cfg.student_lr), reward=c.mean().item(), weight=weight.mean().item())
             ema(average, student, cfg.student_ema, i // cfg.critic_updates)
-        X = X.detach()
-        with mixed(device):
-            t = draw_t()
-            cond, audio = critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)
-            critic_loss = flow_loss(critic, X, cond, audio, t, cfg.weight_clip)
-        critic_loss.backward()
         optimizer_step(critic_optimizer, critic, cfg.critic_lr)
         values["critic_loss"] = critic_loss.item()
         step = i // cfg.critic_updates
-        if moves and step % max(1, cfg.dmd_steps // 6) == 0:
+        if moves and step % max(1, cfg.dmd_steps // 6) == 0 and not ranks()[0]:
             source, truth, mel = watch
             log(step, **values, **judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
             log.curves()
@@ -404,11 +404,6 @@ def closing_table(cfg, teacher, student, judge, device, spent):
           + "Took: " + ", ".join(f"{k} {v:.0f} s" for k, v in spent.items()))
 
 
-# What a result depends on: the fields of Config down to this one, less those that only say where and how much is shown.
-DEPENDS = {"syncnet": "sync_batch", "judge": "sync_batch", "teacher": "teacher_ema", "init": "init_lr", "student": "student_ema"}
-FREE = {"stage", "out", "device", "teacher", "eval_clips", "table_clips"}
-
-
 def locate(name, cfg):
     """The checkpoint of a finished stage, or None: made here before; beside --teacher; bundled. Fail: made here with other settings."""
     here = Path(cfg.out) / f"{name}.pt"
@@ -417,10 +412,7 @@ def locate(name, cfg):
         return Path(cfg.teacher)
     if here.is_file():
         was = nn_model.load(here, "syncnet" if name in ("syncnet", "judge") else "dit")["made_with"]
-        names = [f.name for f in dataclasses.fields(cfg)]
-        for f in names[: names.index(DEPENDS[name]) + 1]:
-            if f not in FREE and was.get(f) != getattr(cfg, f):
-                raise Fail(f"{here} was made with --{f} {was.get(f)}, not {getattr(cfg, f)}; delete it, or choose another --out")
+        nn_model.check_same(here, was, cfg, DEPENDS[name])
         return here
     if name in ("teacher", "syncnet", "judge") and cfg.stage != name:
         for folder in ([Path(cfg.teacher).parent] if cfg.teacher else []) + [Path(__file__).parent / "weights" / cfg.config]:
@@ -445,8 +437,13 @@ def main(argv):
     in_window(torch.ones(1), cfg)
     cfg.out = cfg.out or f"out/{cfg.config}"
     data.free_space(cfg.out, 500 << 20)
-    device, spent, banks = nn_model.find_device(cfg.device), {}, {}
     nn_model.keep_memory()
+    if "LOCAL_RANK" in os.environ:                                                                   # started by torchrun
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        cfg.device = cfg.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "")
+        if ranks()[0]:
+            sys.stdout = open(os.devnull, "w")
+    device, spent, banks = nn_model.find_device(cfg.device), {}, {}
     dtype = nn_model.fast_dtype(device)
     print(f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}; results in {cfg.out}/", flush=True)
 
@@ -460,9 +457,11 @@ def main(argv):
 
     def stage(name, train, load):
         path = locate(name, cfg)
+        wait()
         if path is None:
             begun, before = time.time(), spent.get("data", 0)
             train(f"{cfg.out}/{name}.pt")
+            wait()
             spent[name] = time.time() - begun - spent.get("data", 0) + before
             path = f"{cfg.out}/{name}.pt"
         else:
@@ -471,7 +470,8 @@ def main(argv):
 
     if locate("teacher", cfg) is None and cfg.stage != "teacher":
         print(f"no teacher in weights/{cfg.config}/ and none named by --teacher: one is trained first; each line below says how long is left")
-    expert = lambda split, seed: lambda path: syncnet.train(                                         # noqa: E731
+    wait = lambda: dist.barrier() if ranks()[1] > 1 else None                                        # noqa: E731
+    expert = lambda split, seed: lambda path: ranks()[0] or syncnet.train(                           # noqa: E731
         path, syncnet.Config(size=cfg.size), bank(split), cfg.sync_steps, cfg.sync_batch, seed, device,
         data.Bank(cfg.size, 96, 32, "watch"), dataclasses.asdict(cfg))
     load_expert = lambda path: syncnet.load_syncnet(path, device)                                    # noqa: E731
@@ -487,6 +487,8 @@ def main(argv):
     if cfg.stage == "init":
         return
     student = stage("student", lambda _: train_dmd(cfg, teacher, init, samples(), reward, judge, watch, device), load_net)
+    if ranks()[0]:
+        return
     side_by_side(f"{cfg.out}/sample.mp4", student, [data.dub_pair(i, 96, cfg.size) for i in range(3)], scale=256 // cfg.size)
     closing_table(cfg, teacher, student, judge, device, spent)
     print(f"{cfg.out}/sample.mp4: source | dub | truth; {cfg.out}/curves.png, {cfg.out}/log.jsonl: how training went")

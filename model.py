@@ -14,9 +14,13 @@ outside the mask, where the answer is known.
 import ctypes
 import dataclasses
 import os
+import sys
+import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -307,6 +311,31 @@ class DiT(nn.Module):
         return cond.known + self.mask * x.view(B, L, N, -1)
 
 
+# ------------------------------------------------------------------------------------------------- one process or several
+def ranks():
+    """(this process's number, how many there are): torchrun starts several, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mine(x):
+    """This process's share of a batch. All draw the whole from the same seed, so that any number of them takes the same step."""
+    rank, world = ranks()
+    return x[rank::world]
+
+
+def noise_like(x):
+    """Gaussian noise like x (B, ...), which is a share of a batch: likewise a share."""
+    return mine(torch.randn(len(x) * ranks()[1], *x.shape[1:], device=x.device))
+
+
+def mean_over_ranks(x):
+    """The mean of a tensor over the processes, in place."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x)
+        x /= ranks()[1]
+    return x
+
+
 # -------------------------------------------------------------------------------------------------- devices, checkpoints
 def find_device(name=""):
     """The named device, or the best there is."""
@@ -334,7 +363,7 @@ def mixed(device):
 def keep_memory():
     """Let glibc keep freed memory. By default every large tensor is mapped anew and its pages are faulted in one by one: a
     quarter of a training step on a CPU."""
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):       # M_MMAP_MAX, M_TRIM_THRESHOLD
             libc.mallopt(option, value)
@@ -373,6 +402,52 @@ def load_dit(path, device="cpu", dtype=torch.float32):
     model = DiT(Config(**state["model_config"]))
     model.load_state_dict({k: v.float() for k, v in state["model"].items()})
     return model.to(device, dtype).eval()
+
+
+class Progress:
+    """What a stage needs to go on where it was stopped: networks, optimizers, step, random states. It depends on the fields of cfg
+    down to `last`."""
+
+    def __init__(self, cfg, stage, last, rng, **parts):
+        self.path, self.rng, self.parts, self.cfg = Path(cfg.out) / f"{stage}.resume.pt", rng, parts, cfg
+        self.saved, self.step = time.time(), 0
+        if self.path.is_file():
+            state = load(self.path, "resume")
+            check_same(self.path, state["made_with"], cfg, last)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            rng.set_state(state["rng"])
+            torch.set_rng_state(state["torch_rng"])
+            self.step = state["step"]
+            print(f"{stage}: going on after step {self.step}")
+
+    def save(self, step):
+        if time.time() - self.saved > self.cfg.save_seconds and not ranks()[0]:
+            save(self.path, kind="resume", step=step, made_with=dataclasses.asdict(self.cfg), rng=self.rng.get_state(),
+                 torch_rng=torch.get_rng_state(), **{name: part.state_dict() for name, part in self.parts.items()})
+            self.saved = time.time()
+
+    def done(self):
+        if not ranks()[0]:
+            self.path.unlink(missing_ok=True)
+
+
+def check_same(path, was, cfg, last):
+    """Fail if what is in `path` was made with other settings: a field of cfg down to `last`, less those that say where, not what."""
+    names = [f.name for f in dataclasses.fields(cfg)]
+    for f in names[: names.index(last) + 1]:
+        if f not in ("stage", "out", "device", "teacher", "eval_clips", "table_clips") and was.get(f) != getattr(cfg, f):
+            raise Fail(f"{path} was made with --{f} {was.get(f)}, not {getattr(cfg, f)}; delete it, or choose another --out")
+
+
+def model_fields(cfg):
+    """The network's part of a script's config."""
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config)}
+
+
+def save_dit(path, net, cfg, stage, step):
+    if not ranks()[0]:
+        save(path, kind="dit", stage=stage, step=step, model_config=model_fields(cfg), made_with=dataclasses.asdict(cfg), model=net.state_dict())
 
 
 def flops(cfg, latents, keys=None):

@@ -3,6 +3,7 @@
     python sample.py                                            # a held-out drawn face and voice: out/dub.mp4
     python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4
     python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128 --weights out/tiny/student.pt
+    python sample.py --video IN.mp4 --audio IN.wav --out - | ffplay -f rawvideo -pixel_format rgb24 -video_size 640x480 -framerate 25 -
 
 From Python (frames come as soon as they are made; source and audio may be longer than memory):
 
@@ -11,8 +12,10 @@ From Python (frames come as soon as they are made; source and audio may be longe
 
 Flow matching: x_t = (1 - t) x0 + t eps, so t = 0 is clean and t = 1 is noise, and the velocity is v = eps - x0.
 """
+import contextlib
 import dataclasses
 import itertools
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -244,8 +247,8 @@ def paste(frame, dub, box, mask):
 
 
 def dub_file(model, cfg):
-    """cfg.video with the sound of cfg.audio -> cfg.out, as long as the sound, at the video's own size."""
-    audio = data.read_audio(cfg.audio)
+    """cfg.video with the sound of cfg.audio -> cfg.out, as long as the sound, at the video's own size. Nothing is held but a chunk."""
+    audio = data.Sound(cfg.audio)
     total = -(-len(audio) * FPS // RATE)
     source = play(cfg.video, total)
     first = next(source)
@@ -260,11 +263,13 @@ def dub_file(model, cfg):
 
     height, width = first.shape[:2]
     begun = time.time()
-    with data.write_video(cfg.out, (width, height), cfg.audio) as put:
+    raw = contextlib.nullcontext(lambda frame: sys.stdout.buffer.write(np.ascontiguousarray(frame)))
+    with raw if cfg.out == "-" else data.write_video(cfg.out, (width, height), cfg.audio) as put:
         for dub in stream(model, squares(), audio, seed=cfg.seed):
             for picture in dub:
                 put(paste(kept.pop(0), picture, box, mask).numpy())
-    print(f"{cfg.out}: {total} frames, {width}x{height}, in {time.time() - begun:.1f} s ({total / (time.time() - begun):.0f} frames a second)")
+    print(f"{cfg.out}: {total} frames, {width}x{height}, in {time.time() - begun:.1f} s ({total / (time.time() - begun):.0f} frames a second)",
+          file=sys.stderr if cfg.out == "-" else sys.stdout)
 
 
 def side_by_side(path, model, pairs, seed=0, scale=4):
@@ -289,7 +294,7 @@ def side_by_side(path, model, pairs, seed=0, scale=4):
 class Options:
     video: str = dataclasses.field(default="", metadata=dict(help="the recording to dub; a held-out drawn face if not given"))
     audio: str = dataclasses.field(default="", metadata=dict(help="the sound to dub it with; the video's own if not given"))
-    out: str = dataclasses.field(default="out/dub.mp4", metadata=dict(help="where the dubbed video goes"))
+    out: str = dataclasses.field(default="out/dub.mp4", metadata=dict(help="where the dubbed video goes; - for raw RGB frames on standard output"))
     box: str = dataclasses.field(default="", metadata=dict(help="X,Y,SIDE of the face in pixels; the centred square if not given"))
     weights: str = dataclasses.field(default="", metadata=dict(help="a student's checkpoint; else the bundled one, else what distill.py made last"))
     device: str = dataclasses.field(default="", metadata=dict(help="cuda, mps or cpu; the best there is if not given"))
@@ -298,8 +303,8 @@ class Options:
 
 def main(argv):
     cfg = data.options(Options, argv, __doc__)
-    if cfg.audio and not cfg.video:
-        raise Fail("--audio without --video: which recording should it dub?")
+    if (cfg.audio or cfg.out == "-") and not cfg.video:
+        raise Fail("--audio or --out - without --video: which recording should it dub?")
     device = nn_model.find_device(cfg.device)
     model = load_dit(syncnet.find_weights("student", cfg.weights), device, nn_model.fast_dtype(device))
     if cfg.video:

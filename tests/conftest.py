@@ -46,7 +46,7 @@ def expert(tmp_path_factory):
 @pytest.fixture(scope="session")
 def student_file(tiny, cfg):
     path = f"{cfg.out}/a_student.pt"
-    distill.save_dit(path, tiny, cfg, "student", 0)
+    nn_model.save_dit(path, tiny, cfg, "student", 0)
     return path
 
 

@@ -68,6 +68,13 @@ def test_any_rate_and_channels(tmp_path, rate, shape):
     assert len(audio) == 2 * data.RATE and abs(np.abs(np.fft.rfft(audio)).argmax() / 2 - 440) < 1
 
 
+def test_sound_slices_like_an_array(tmp_path):
+    x = np.random.default_rng(0).uniform(-.5, .5, 5000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", x, data.RATE, subtype="FLOAT")
+    sound = data.Sound(tmp_path / "a.wav")
+    assert len(sound) == 5000 and np.array_equal(sound[:], x) and np.array_equal(sound[4000:9000], x[4000:]) and len(sound[6000:7000]) == 0
+
+
 def test_29_97_fps_does_not_drift(tmp_path):
     """A picture that counts seconds, at 29.97 fps for 20 s: frame n at 25 fps shows second n / 25, to within a frame."""
     path = tmp_path / "ntsc.mp4"

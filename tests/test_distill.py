@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import distill
+import model as nn_model
 import sample
 from distill import dmd_gradient, dmd_loss, in_window, real_score, reward_weights, rollout
 from model import Cond
@@ -147,7 +148,7 @@ def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expe
         train = ((lambda: distill.train_teacher(c, samples, expert, watch, CPU)) if stage == "teacher" else
                  lambda: distill.train_dmd(c, copy.deepcopy(tiny), copy.deepcopy(tiny), samples, expert, expert, watch, CPU))
         if halves:
-            original, steps = distill.Progress.save, []
+            original, steps = nn_model.Progress.save, []
 
             def stop(self, step):
                 original(self, step)
@@ -155,7 +156,7 @@ def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expe
                 if len(steps) == 2:
                     raise KeyboardInterrupt
             with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(distill.Progress, "save", stop)
+                patch.setattr(nn_model.Progress, "save", stop)
                 train()
         train()
         ends.append(torch.load(f"{c.out}/{'teacher' if stage == 'teacher' else 'student'}.pt", weights_only=True)["model"])

@@ -89,8 +89,7 @@ def test_one_line_and_exit_code_2(name, files, capsys, monkeypatch, tmp_path):
 
 
 def test_too_little_disk(tmp_path, monkeypatch):
-    full = type("Usage", (), dict(f_bavail=10, f_frsize=4096))
-    monkeypatch.setattr(data.os, "statvfs", lambda folder: full)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: type("Usage", (), dict(free=4096)))
     with pytest.raises(data.Fail, match="0 MB free"), data.write_video(tmp_path / "x.mp4", (32, 32)):
         raise AssertionError("not reached")
     assert not list(tmp_path.iterdir())

@@ -148,14 +148,32 @@ def test_dubbing_a_recording(tmp_path, student_file):
     assert all(np.abs(heard - second).min() < .01 for second in range(4)) and np.abs(heard - heard.round()).max() < .04    # in step
 
 
+def test_frames_to_a_pipe(tmp_path, student_file):
+    """`--out -`: raw frames on standard output and nothing else; a reader that leaves early is no error."""
+    clip = data.draw(21, 24, 32)
+    with data.write_video(tmp_path / "a.mp4", (32, 32), clip.audio) as put:
+        for frame in clip.video:
+            put(frame.numpy())
+    command = f"{sys.executable} {ROOT / 'sample.py'} --video {tmp_path / 'a.mp4'} --out - --weights {student_file}"
+    done = subprocess.run(command.split(), capture_output=True)
+    frames = -(-len(data.read_audio(tmp_path / "a.mp4")) // 640)
+    assert done.returncode == 0 and len(done.stdout) == frames * 32 * 32 * 3 and b"frames a second" in done.stderr
+    early = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -c 100 | wc -c"], capture_output=True, text=True)
+    assert early.stdout.strip() == "100" and "Traceback" not in early.stderr
+
+
 @pytest.mark.parametrize("script", ["data", "model", "syncnet", "sample", "distill", "bench"])
 def test_every_script_has_help(script):
     done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"python {script}.py" in done.stdout
 
 
-def test_bench_speed_ends_in_json(capsys):
-    bench.main(["speed", "--config", "tiny", "--rounds", "1", "--seconds", "1.92"])
+def test_bench_speed_ends_in_json(capsys, tmp_path):
+    bench.main(["speed", "--config", "tiny", "--rounds", "1", "--seconds", "1.92", "--memory", "0", "--chunks", "120", "--out", str(tmp_path)])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["student"]["fps"] > 0 and result["student"]["passes_per_chunk"] == 3 and {"pass 1", "cache pass"} <= set(result["student"]["ms"])
     assert result["bound"] == pytest.approx(100 / 3) and result["ratio"] == pytest.approx(result["student"]["fps"] / result["teacher_guided"]["fps"])
+    assert 0 < result["train"]["mfu"] < 1 and result["train"]["student_update_s"] > result["train"]["teacher_step_s"] > 0
+    bench.main(["attention", "--config", "tiny", "--rounds", "1", "--flex", "0", "--out", str(tmp_path)])
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert [r["latents"] for r in rows] == [12, 48, 192] and all(r["a call a chunk"] > 0 for r in rows)
