@@ -137,11 +137,13 @@ def training(name, device, peak):
                 student_update_mfu=passes * forward * cfg.dmd_batch / update_s / peak / 1e9)
 
 
-MEASURE = "import resource, sys; sys.argv = sys.argv[1:]; import data, sample; data.run(sample.main); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# The highest resident memory of a process, in kB. (ru_maxrss would do, were it not inherited from whoever started the process.)
+MEASURE = """import sys; sys.argv = sys.argv[1:]; import data, sample; data.run(sample.main)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))"""
 
 
 def peak_memory(model, seconds):
-    """Peak resident MB of `sample.py` dubbing a drawn video of that many seconds, in a process of its own."""
+    """Peak resident MB of `sample.py` dubbing a drawn video of that many seconds, in a process of its own (Linux only)."""
     with tempfile.TemporaryDirectory() as folder:
         weights, video = f"{folder}/student.pt", f"{folder}/in.mp4"
         nn_model.save(weights, kind="dit", model_config=dataclasses.asdict(model.cfg), model=model.float().state_dict())
@@ -196,7 +198,7 @@ def speed(cfg):
         ratio=ratio, bound=bound, stream_gflops=work, peak_gflops=peak)
     if cfg.training:
         result["train"] = training(cfg.config, device, peak)
-    if cfg.memory:
+    if cfg.memory and sys.platform == "linux":
         result["peak_rss_mb"] = {f"{s} s": peak_memory(model, s) for s in (30, 180)}
         model.to(nn_model.fast_dtype(device))
     times = flat(model, cfg.chunks, device)
