@@ -260,8 +260,12 @@ def attention(cfg):
                 "one call, mask": lambda t=turned, v=v, mask=mask: F.scaled_dot_product_attention(*t, v, attn_mask=mask)}
         if cfg.flex:
             from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-            see_there, compiled = see.to(device), torch.compile(flex_attention)
-            blocks = create_block_mask(lambda b, h, i, j, s=see_there: s[i // N, j // N], None, None, latents * N, latents * N, device=device)
+            compiled = torch.compile(flex_attention)
+
+            def seen(b, h, i, j):
+                frame, end = j // N, (i // N // c.chunk + 1) * c.chunk
+                return (frame < end) & ((frame < c.sink) | (frame >= end - c.window))
+            blocks = create_block_mask(seen, None, None, latents * N, latents * N, device=device)
             ways["flex_attention"] = lambda t=turned, v=v, blocks=blocks: compiled(*t, v, block_mask=blocks)
         with torch.no_grad():
             spent = {name: [] for name in ways}

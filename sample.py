@@ -286,7 +286,8 @@ def side_by_side(path, model, pairs, seed=0, scale=4):
     with data.write_video(path, (3 * size * scale, size * scale), np.concatenate(sound)) as put:
         for frame in big:
             put(frame.numpy())
-    sheet = torch.cat(sheet).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    half = max(1, scale // 2)
+    sheet = torch.cat(sheet).repeat_interleave(half, 0).repeat_interleave(half, 1)
     matplotlib.image.imsave(Path(path).with_suffix(".png"), sheet.numpy())
 
 
