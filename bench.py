@@ -111,6 +111,14 @@ def passes(model, clip, device, rounds):
     return {name: statistics.median(times[3:]) for name, times in spent.items()}
 
 
+def kernels(model, device):
+    """The attention kernels that one chunk's pass runs, as the profiler names them."""
+    x = torch.zeros(1, model.cfg.chunk, *model.mask.shape, device=device)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        model(x, .5, model.embed_cond(x.repeat(1, 1, 1, 2), x.repeat(1, 1, 1, 2)), sample.null_audio(model, model.cfg.chunk, 1))
+    return sorted({e.key for e in profile.key_averages() if "attention" in e.key and e.key != "aten::scaled_dot_product_attention"})
+
+
 def steps_of(train, folder, stage):
     """Run a real training and read from its log how long a step without evaluation takes: median seconds."""
     (Path(folder) / "log.jsonl").unlink(missing_ok=True)
@@ -195,7 +203,7 @@ def speed(cfg):
         fps=middle["student"], fps_range=[min(fps["student"]), max(fps["student"])], ttff_s=ttff["student"], ms_per_chunk=4000 * k / middle["student"],
         passes_per_chunk=len(sample.TIMES) + 1, calls_per_chunk=len(sample.TIMES), ms=parts),
         teacher_guided=dict(fps=middle["teacher_guided"], ttff_s=ttff["teacher_guided"]), teacher=dict(fps=middle["teacher"], ttff_s=ttff["teacher"]),
-        ratio=ratio, bound=bound, stream_gflops=work, peak_gflops=peak)
+        attention=kernels(model, device), ratio=ratio, bound=bound, stream_gflops=work, peak_gflops=peak)
     if cfg.training:
         result["train"] = training(cfg.config, device, peak)
     if cfg.memory and sys.platform == "linux":
@@ -227,6 +235,7 @@ def report(cfg, result, fps, ttff, times):
     right.axhline(data.FPS, color="gray", lw=.8)
     figure.savefig(f"{cfg.out}/speed-{cfg.config}.png", dpi=90)
     result["chunk_ms"] = dict(first_100=statistics.median(times[3:100]), last_100=statistics.median(times[-100:]))
+    print("attention by", ", ".join(result["attention"]))
     print(f"chunks: median {result['chunk_ms']['first_100']:.2f} ms in the first 100, {result['chunk_ms']['last_100']:.2f} in the last; "
           f"{cfg.out}/speed-{cfg.config}.png")
     print(json.dumps(result))

@@ -264,25 +264,29 @@ def train_init(cfg, teacher, samples, judge, watch, device):
 
 
 # ------------------------------------------------------------------------------------------------------------------ dmd
-def rollout(model, cond, audio, call, times, with_grad, device):
+def rollout(model, fast, cond, audio, call, times, with_grad, device):
     """Self-forcing: the student's own clip (B, L, N, P), chunk by chunk as at inference, stopped at the drawn `call` in every
-    chunk. Only that call carries gradient. cond, audio: the whole clip's, with gradient."""
+    chunk. Only that call carries gradient; all others run on `fast`, the same weights cast once, as at inference. cond, audio: the
+    whole clip's, with gradient."""
     L, chunk, outputs = cond.known.shape[1], model.cfg.chunk, []
     cache = Cache(model, len(cond.known), nn_model.fast_dtype(device))
     for a in range(0, L, chunk):
         part, heard = Cond(*(c[:, a:a + chunk] for c in cond)), audio[:, a:a + chunk]
         still = Cond(*(c.detach() for c in part)), heard.detach()
         x = noise_like(part.known)
-        # Autocast remembers cast weights until its block ends, also those cast without gradient: one block a call.
         for i in range(call):
-            with torch.no_grad(), mixed(device):
-                x0 = model(x, times[i], *still, cache=cache).float()
+            with torch.no_grad():
+                x0 = fast(x, times[i], *still, cache=cache).float()
             x = add_noise(x0, noise_like(x0), times[i + 1])
-        with torch.enable_grad() if with_grad else torch.no_grad(), mixed(device):
-            x0 = model(x, times[call], part, heard, cache=cache).float()
+        if with_grad:
+            with mixed(device):
+                x0 = model(x, times[call], part, heard, cache=cache).float()
+        else:
+            with torch.no_grad():
+                x0 = fast(x, times[call], *still, cache=cache).float()
         outputs.append(x0)
-        with torch.no_grad(), mixed(device):
-            model(x0.detach(), 0., *still, cache=cache, write=True)
+        with torch.no_grad():
+            fast(x0.detach(), 0., *still, cache=cache, write=True)
     return torch.cat(outputs, 1)
 
 
@@ -293,6 +297,12 @@ def in_window(t, cfg):
         return {"on": inside, "off": torch.zeros_like(inside), "reversed": ~inside, "all": torch.ones_like(inside)}[cfg.sync_window]
     except KeyError:
         raise Fail(f"--sync_window {cfg.sync_window}: on, off, reversed or all") from None
+
+
+@torch.no_grad()
+def refresh(fast, student):
+    """fast <- student, cast."""
+    torch._foreach_copy_(list(fast.parameters()), list(student.parameters()))
 
 
 @torch.no_grad()
@@ -335,6 +345,8 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
     rng = torch.Generator().manual_seed(cfg.seed + 2)
     student, average = student.train().requires_grad_(True), copy.deepcopy(student).requires_grad_(False)
     critic = copy.deepcopy(teacher).train().requires_grad_(True)
+    # Without gradient, networks run on weights that are cast once instead of at every call.
+    fast, teacher = (copy.deepcopy(net).to(nn_model.fast_dtype(device)).eval().requires_grad_(False) for net in (student, teacher))
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0., .999), weight_decay=.01, fused=True)  # noqa: E731
     optimizer, critic_optimizer = adam(student, cfg.student_lr), adam(critic, cfg.critic_lr)
     iterations = cfg.dmd_steps * cfg.critic_updates
@@ -343,13 +355,15 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
     log, values, n = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), {}, part_of(cfg.dmd_batch, cfg)
     draw_t = lambda: mine(shift(torch.rand(n, 1, generator=rng), SHIFT).clamp(.001, .999)).to(device)               # noqa: E731
     maybe_compile(critic, cfg, device)
+    refresh(fast, student)
     for i in range(progress.step + 1, iterations + 1):
         moves, call = i % cfg.critic_updates == 0, torch.randint(len(cfg.times), (), generator=rng).item()
         for _ in range(cfg.accumulate):
             batch = samples.draw(n, rng, *ranks())
+            net = student if moves else fast
             with torch.enable_grad() if moves else torch.no_grad(), mixed(device):
-                cond, audio = student.embed_cond(batch.source, batch.reference), student.embed_audio(batch.heard)
-            X = rollout(student, cond, audio, call, cfg.times, moves, device)
+                cond, audio = net.embed_cond(batch.source, batch.reference), net.embed_audio(batch.heard)
+            X = rollout(student, fast, cond, audio, call, cfg.times, moves, device)
             if moves:
                 t = draw_t()
                 with torch.no_grad(), mixed(device):
@@ -367,6 +381,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
         if moves:
             values.update(loss=loss.item(), norm=optimizer_step(optimizer, student, cfg.student_lr), reward=c.mean().item(), weight=weight.mean().item())
             ema(average, student, cfg.student_ema, i // cfg.critic_updates)
+            refresh(fast, student)
         optimizer_step(critic_optimizer, critic, cfg.critic_lr)
         values["critic_loss"] = critic_loss.item()
         step = i // cfg.critic_updates

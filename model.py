@@ -293,7 +293,8 @@ class DiT(nn.Module):
         if L > MAX_LATENTS and not causal:
             raise Fail(f"{L} latent frames at once, at most {MAX_LATENTS}; stream it, or cut it into windows")
         mod = t if torch.is_tensor(t) and t.ndim == 4 else self.modulation(t)                      # B L|1 8 D
-        x = self.from_noisy(x_t.to(self.dtype(x_t))) + cond.tokens
+        x = self.from_noisy(x_t.to(self.dtype(x_t))) + cond.tokens.to(self.dtype(cond.tokens))
+        audio = audio.to(self.dtype(audio))
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 attend = lambda q, k, v, i=i: cache.attend(i, q, k, v, self.rope, write)          # noqa: E731

@@ -193,13 +193,16 @@ def stream(model, source, audio, times=TIMES, seed=0):
 
 
 def chunk_mel(audio, c, cfg):
-    """The log-mel windows of chunk c, from its own samples and the look-ahead only: (1, chunk, back + 16 + ahead, MELS)."""
+    """The log-mel windows of chunk c, from its own samples and the look-ahead only: (1, chunk, back + 16 + ahead, MELS), bit for bit
+    those of the whole file."""
     margin = -(-max(cfg.audio_back, cfg.audio_ahead) // 4) + 1               # video frames; one more for the mel's own window
     lo, hi = 4 * cfg.chunk * c - margin, 4 * cfg.chunk * (c + 1) + margin
     per = RATE // FPS
     part = np.asarray(audio[max(0, lo * per):hi * per], dtype=np.float32)
     part = np.pad(part, (max(0, -lo * per), hi * per - max(0, lo * per) - len(part)))
     mel = data.log_mel(part)[None, 4 * margin - cfg.audio_back: len(part) // data.HOP - 4 * margin + cfg.audio_ahead]
+    at = torch.arange(mel.shape[1]) + 16 * cfg.chunk * c - cfg.audio_back              # mel frames of the file; outside it is silence
+    mel[:, (at < 0) | (at >= 4 * -(-len(audio) // per))] = data.SILENCE
     return mel.unfold(1, cfg.audio_back + 16 + cfg.audio_ahead, 16).transpose(2, 3)
 
 

@@ -60,27 +60,43 @@ def test_guided_exactly_inside_the_window(tiny, parts, cfg, where, inside):
 def test_only_the_drawn_call_carries_gradient(tiny, samples, cfg, call):
     student = copy.deepcopy(tiny).train()
     batch, seen = samples.draw(2, torch.Generator().manual_seed(0)), []
-    student.register_forward_hook(lambda module, args, out: seen.append(None if out is None else out.requires_grad))
+    fast = copy.deepcopy(tiny).to(distill.nn_model.fast_dtype(CPU))           # its weights ask for gradient: it must not get any all the same
+    for net in (student, fast):
+        net.register_forward_hook(lambda module, args, out: seen.append(None if out is None else out.requires_grad))
     with distill.mixed(CPU):
         cond, audio = student.embed_cond(batch.source, batch.reference), student.embed_audio(batch.heard)
-    X = rollout(student, cond, audio, call, cfg.times, True, CPU)
+    X = rollout(student, fast, cond, audio, call, cfg.times, True, CPU)
     assert seen == ([False] * call + [True, None]) * (cfg.latents // cfg.chunk)
     X.square().mean().backward()
-    # Also under autocast, which remembers weights that were cast without gradient: every weight must get its own.
+    assert all(p.grad is None for p in fast.parameters())
     assert [n for n, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == ["null_audio"]
-    assert not rollout(student, Cond(*(c.detach() for c in cond)), audio.detach(), call, cfg.times, False, CPU).requires_grad
+    assert not rollout(student, fast, Cond(*(c.detach() for c in cond)), audio.detach(), call, cfg.times, False, CPU).requires_grad
 
 
 def test_rollout_is_what_streaming_does(tiny, samples, cfg):
     """The same noise through the training rollout and the inference loop: the same clip."""
     batch = samples.draw(1, torch.Generator().manual_seed(0))
+    fast = copy.deepcopy(tiny).to(nn_model.fast_dtype(CPU))
     with torch.no_grad(), distill.mixed(CPU):
-        cond, audio = tiny.embed_cond(batch.source, batch.reference), tiny.embed_audio(batch.heard)
+        cond, audio = fast.embed_cond(batch.source, batch.reference), fast.embed_audio(batch.heard)
     torch.manual_seed(5)
-    trained = rollout(tiny, cond, audio, 1, cfg.times, False, CPU)
+    trained = rollout(tiny, fast, cond, audio, 1, cfg.times, False, CPU)
     chunks = [(Cond(*(c[:, a:a + 3] for c in cond)), audio[:, a:a + 3]) for a in range(0, cfg.latents, 3)]
-    streamed = torch.cat(list(sample.generate(tiny, chunks, cfg.times, torch.Generator().manual_seed(5))), 1)
-    torch.testing.assert_close(trained, streamed, atol=1e-5, rtol=0)
+    streamed = torch.cat(list(sample.generate(fast, chunks, cfg.times, torch.Generator().manual_seed(5))), 1)
+    assert (trained - streamed).abs().mean() < 5e-3                              # bf16: calls of 24 rows and of 48 may round differently
+
+
+def test_compiled_training_is_the_same_training(cfg, samples, expert, tmp_path, monkeypatch):
+    """The switch that is on for GPUs. aot_eager: the same capture of forward and backward, without a minute of code generation."""
+    watch, ends = distill.held_out(1, cfg, "watch", CPU, latents=6), []
+    monkeypatch.setattr(distill.DiT, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
+    for switch in ("off", "on"):
+        c = dataclasses.replace(cfg, out=str(tmp_path / switch), compile=switch, teacher_steps=2)
+        Path(c.out).mkdir()
+        distill.train_teacher(c, samples, expert, watch, CPU)
+        ends.append(nn_model.load_dit(f"{c.out}/teacher.pt"))
+    off, on = (torch.cat([p.flatten() for p in net.parameters()]) for net in ends)
+    assert (off - on).norm() < .02 * off.norm() and off.isfinite().all()
 
 
 def test_student_loss_leaves_critic_and_teacher_alone(tiny, parts, cfg):

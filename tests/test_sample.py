@@ -93,9 +93,7 @@ def test_mel_of_a_chunk_is_that_of_the_file(tiny):
     audio = data.draw(12, 60, 32).audio
     whole = data.mel_windows(data.log_mel(audio)[None], tiny.cfg)
     for c in range(5):
-        assert torch.equal(sample.chunk_mel(audio, c, tiny.cfg)[:, :, 16:32], whole[:, 3 * c:3 * c + 3, 16:32])
-        if 0 < c < 4:                                       # at the ends the file has silence where the chunk's window has zeros
-            assert torch.equal(sample.chunk_mel(audio, c, tiny.cfg), whole[:, 3 * c:3 * c + 3])
+        assert torch.equal(sample.chunk_mel(audio, c, tiny.cfg), whole[:, 3 * c:3 * c + 3])
 
 
 def test_the_stream_looks_no_further_than_it_says(tiny):
