@@ -133,16 +133,17 @@ def training(name, device, peak):
     with tempfile.TemporaryDirectory() as folder:
         cfg = distill.Config(**dict(distill.PRESETS[name], config=name, out=folder, clips=8, teacher_steps=16, dmd_steps=12, compile="off"))
         samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, device, nn_model.fast_dtype(device))
-        watch, judge = distill.held_out(1, cfg, "watch", device), syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(device).eval()
+        watch, judge = data.held_out(1, cfg.size, "watch", device), syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(device).eval()
         teacher_s = steps_of(lambda: distill.train_teacher(cfg, samples, judge, watch, device), folder, "teacher")
         net = nn_model.load_dit(f"{folder}/teacher.pt", device).requires_grad_(False)
         update_s = steps_of(lambda: distill.train_dmd(cfg, net, copy.deepcopy(net), samples, judge, judge, watch, device), folder, "dmd")
-    # Three forward passes' worth a step; an update: see README, "Speed".
+    # A step is worth three forward passes. An update: per critic update a rollout (on average one and a half calls, and the cache pass) and a
+    # critic step; then the student's backward, the teacher (guided in the band) and the critic's guess.
     forward = nn_model.flops(net.cfg, cfg.latents)
     band = (cfg.band_last - cfg.band_first) / 50
-    passes = cfg.critic_updates * (.5 * (1 + len(cfg.times)) + 1 + 3) + 2 + (1 + band) + 1
+    count = cfg.critic_updates * (.5 * (1 + len(cfg.times)) + 1 + 3) + 2 + (1 + band) + 1
     return dict(teacher_step_s=teacher_s, student_update_s=update_s, mfu=3 * forward * cfg.teacher_batch / teacher_s / peak / 1e9,
-                student_update_mfu=passes * forward * cfg.dmd_batch / update_s / peak / 1e9)
+                student_update_mfu=count * forward * cfg.dmd_batch / update_s / peak / 1e9)
 
 
 # The highest resident memory of a process, in kB. (ru_maxrss would do, were it not inherited from whoever started the process.)

@@ -110,6 +110,13 @@ def mel_windows(mel, cfg, start=0, latents=None):
 
 
 # ---------------------------------------------------------------------------------------------------- training samples
+def held_out(n, size, split, device, latents=24):
+    """n dub pairs -> source and truth (n, T, S, S, 3) uint8, mel of the truth (n, 4 T, MELS)."""
+    pairs = [dub_pair(i, 4 * latents, size, split) for i in range(n)]
+    source, truth = (torch.stack([p[k].video for p in pairs]).to(device) for k in (0, 1))
+    return source, truth, torch.stack([log_mel(p[1].audio) for p in pairs]).to(device)
+
+
 class Bank:
     """Clips to train on, in memory: video (n, T, S, S, 3) uint8, mel (n, 4 T, MELS) float32."""
 
@@ -249,6 +256,7 @@ def read_video(path):
     rates (29.97) do not drift. Holds one frame. Fail: not a video."""
     need_file(path)
     reader = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", f"fps={FPS}"])
+    raw = None
     try:
         width, height = next(reader)["size"]
         for raw in reader:
@@ -257,6 +265,8 @@ def read_video(path):
         raise no_picture(path, e) from None
     finally:
         reader.close()
+    if raw is None:
+        raise no_picture(path, "")
 
 
 def square(frame, size, box=None):

@@ -12,13 +12,10 @@ import copy
 import dataclasses
 import functools
 import json
-import os
-import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import data
 import model as nn_model
@@ -91,20 +88,6 @@ PRESETS = {
     "base": dict(SIZES["base"], clips=2000, teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------- measuring
-def held_out(n, cfg, split, device, latents=24):
-    """n dub pairs -> source and truth (n, T, S, S, 3) uint8, mel of the truth (n, 4 T, MELS)."""
-    pairs = [data.dub_pair(i, 4 * latents, cfg.size, split) for i in range(n)]
-    source, truth = (torch.stack([p[k].video for p in pairs]).to(device) for k in (0, 1))
-    return source, truth, torch.stack([data.log_mel(p[1].audio) for p in pairs]).to(device)
-
-
-def judged(dub, truth, mel, judge):
-    """dub, truth (n, T, S, S, 3) uint8 -> means over the clips: Sync-C, Sync-D, mouth PSNR (dB)."""
-    c, d, offset = syncnet.score(judge, dub, mel)
-    return dict(sync_c=c.mean().item(), sync_d=d.mean().item(), psnr=data.mouth_psnr(dub, truth).mean().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------- logs
@@ -223,7 +206,7 @@ def train_teacher(cfg, samples, judge, watch, device):
         if step % max(1, cfg.teacher_steps // 4) == 0 and not ranks()[0]:
             source, truth, mel = watch
             dub = dub_teacher(average, source, mel, steps=10, guidance=cfg.guidance, latents=cfg.latents)
-            log(step, loss=loss.item(), norm=norm, **judged(dub, truth, mel, judge))
+            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub, truth, mel, judge))
             log.curves()
         elif step % max(1, cfg.teacher_steps // 40) == 0 or step == progress.step + 5:
             log(step, loss=loss.item(), norm=norm)
@@ -256,7 +239,7 @@ def train_init(cfg, teacher, samples, judge, watch, device):
         ema(average, model, cfg.student_ema, step)
         if step % max(1, cfg.init_steps // 4) == 0 and not ranks()[0]:
             source, truth, mel = watch
-            log(step, loss=loss.item(), norm=norm, **judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
+            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
             log.curves()
         progress.save(step)
     save_dit(f"{cfg.out}/init.pt", average, cfg, "init", cfg.init_steps)
@@ -293,10 +276,7 @@ def rollout(model, fast, cond, audio, call, times, with_grad, device):
 def in_window(t, cfg):
     """(B,) times -> bool: is the teacher guided here? Paper Eq. 6: for j in [20, 40] of the grid, t in [.556, .882]."""
     inside = (t >= tau(cfg.band_last)) & (t <= tau(cfg.band_first))
-    try:
-        return {"on": inside, "off": torch.zeros_like(inside), "reversed": ~inside, "all": torch.ones_like(inside)}[cfg.sync_window]
-    except KeyError:
-        raise Fail(f"--sync_window {cfg.sync_window}: on, off, reversed or all") from None
+    return {"on": inside, "off": torch.zeros_like(inside), "reversed": ~inside, "all": torch.ones_like(inside)}[cfg.sync_window]
 
 
 @torch.no_grad()
@@ -387,7 +367,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
         step = i // cfg.critic_updates
         if moves and step % max(1, cfg.dmd_steps // 6) == 0 and not ranks()[0]:
             source, truth, mel = watch
-            log(step, **values, **judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
+            log(step, **values, **syncnet.judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
             log.curves()
         elif moves and step % max(1, cfg.dmd_steps // 30) == 0:
             log(step, **values)
@@ -400,16 +380,16 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
 def closing_table(cfg, teacher, student, judge, device, spent):
     """Held-out dub pairs: teacher against student; then what each stage took."""
     teacher, student = (copy.deepcopy(net).to(nn_model.fast_dtype(device)) for net in (teacher, student))      # as sample.py runs them
-    source, truth, mel = held_out(cfg.table_clips, cfg, "held-out", device)
+    source, truth, mel = data.held_out(cfg.table_clips, cfg.size, "held-out", device)
     one, audio, T = source[0], data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
-    rows = [("truth", judged(truth, truth, mel, judge), None)]
+    rows = [("truth", syncnet.judged(truth, truth, mel, judge), None)]
     for name, scale in (("teacher, 50 steps, unguided", 1.), (f"teacher, 50 steps, guidance {cfg.guidance:g}", cfg.guidance)):
         dub = dub_teacher(teacher, source, mel, guidance=scale, latents=cfg.latents)
         speed = clock((dub_teacher(teacher, one[None, :T], mel[:1, :4 * T], guidance=scale)[0] for _ in range(1)), device)
-        rows.append((name, judged(dub, truth, mel, judge), speed))
+        rows.append((name, syncnet.judged(dub, truth, mel, judge), speed))
     list(stream(student, one[:24], audio, cfg.times))                                                # warm up
     speed = clock(stream(student, one, audio, cfg.times), device)
-    rows.append(("student, 2 steps a chunk", judged(dub_student(student, source, mel, cfg.times), truth, mel, judge), speed))
+    rows.append(("student, 2 steps a chunk", syncnet.judged(dub_student(student, source, mel, cfg.times), truth, mel, judge), speed))
     print(f"\n{cfg.table_clips} held-out people dubbed to other words, {len(one) / data.FPS:.2f} s each, judged by an expert that trained on other people\n"
           f"{'':30} {'Sync-C':>7} {'Sync-D':>7} {'PSNR dB':>8} {'FPS':>7} {'TTFF ms':>8}")
     for name, q, speed in rows:
@@ -445,68 +425,73 @@ def load_matching(path, cfg, device):
     return net
 
 
-def main(argv):
-    cfg = data.options(Config, argv, __doc__, {name: dict(fields, config=name) for name, fields in PRESETS.items()})
-    if cfg.stage not in ("all", "teacher", "init", "dmd"):
-        raise Fail(f"--stage {cfg.stage}: teacher, init, dmd or all")
-    in_window(torch.ones(1), cfg)
+def set_up(cfg):
+    """Check what argparse cannot, and join the other processes if torchrun started several -> device."""
+    for name, words in (("stage", ("teacher", "init", "dmd", "all")), ("compile", ("on", "off", "auto")), ("sync_window", ("on", "off", "reversed", "all"))):
+        if getattr(cfg, name) not in words:
+            raise Fail(f"--{name} {getattr(cfg, name)}: {', '.join(words[:-1])} or {words[-1]}")
     cfg.out = cfg.out or f"out/{cfg.config}"
     data.free_space(cfg.out, 500 << 20)
     nn_model.keep_memory()
-    if "LOCAL_RANK" in os.environ:                                                                   # started by torchrun
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        cfg.device = cfg.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "")
-        if ranks()[0]:
-            sys.stdout = open(os.devnull, "w")
-    device, spent, banks = nn_model.find_device(cfg.device), {}, {}
-    dtype = nn_model.fast_dtype(device)
+    nn_model.join_others()
+    return nn_model.find_device(cfg.device)
+
+
+def main(argv):
+    cfg = data.options(Config, argv, __doc__, {name: dict(fields, config=name) for name, fields in PRESETS.items()})
+    device = set_up(cfg)
+    spent, dtype = {"data": 0.}, nn_model.fast_dtype(device)
     print(f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}; results in {cfg.out}/", flush=True)
-
-    def bank(split):
-        if split not in banks:
-            begun = time.time()
-            banks[split] = data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips, split, cfg.folder if split == "train" else "")
-            spent["data"] = spent.get("data", 0) + time.time() - begun
-            print(f"data: {len(banks[split].video)} clips of {4 * cfg.clip_latents / data.FPS:.1f} s ({split}), {time.time() - begun:.0f} s", flush=True)
-        return banks[split]
-
-    def stage(name, train, load):
-        path = locate(name, cfg)
-        wait()
-        if path is None:
-            begun, before = time.time(), spent.get("data", 0)
-            train(f"{cfg.out}/{name}.pt")
-            wait()
-            spent[name] = time.time() - begun - spent.get("data", 0) + before
-            path = f"{cfg.out}/{name}.pt"
-        else:
-            print(f"{name}: {path}", flush=True)
-        return load(path)
-
     if locate("teacher", cfg) is None and cfg.stage != "teacher":
         print(f"no teacher in weights/{cfg.config}/ and none named by --teacher: one is trained first; each line below says how long is left")
-    wait = lambda: dist.barrier() if ranks()[1] > 1 else None                                        # noqa: E731
-    expert = lambda split, seed: lambda path: ranks()[0] or syncnet.train(                           # noqa: E731
-        path, syncnet.Config(size=cfg.size), bank(split), cfg.sync_steps, cfg.sync_batch, seed, device,
-        data.Bank(cfg.size, 96, 32, "watch"), dataclasses.asdict(cfg))
-    load_expert = lambda path: syncnet.load_syncnet(path, device)                                    # noqa: E731
-    reward = stage("syncnet", expert("train", cfg.seed + 10), load_expert)
-    judge = stage("judge", expert("judge", cfg.seed + 20), load_expert)
-    banks.pop("judge", None)
-    watch, samples = held_out(cfg.eval_clips, cfg, "watch", device), functools.cache(lambda: data.Samples(bank("train"), cfg, device, dtype))
-    load_net = lambda path: load_matching(path, cfg, device)                                         # noqa: E731
-    teacher = stage("teacher", lambda _: train_teacher(cfg, samples(), judge, watch, device), load_net)
-    if cfg.stage == "teacher":
-        return
-    init = stage("init", lambda _: train_init(cfg, teacher, samples(), judge, watch, device), load_net)
-    if cfg.stage == "init":
-        return
-    student = stage("student", lambda _: train_dmd(cfg, teacher, init, samples(), reward, judge, watch, device), load_net)
-    if ranks()[0]:
-        return
-    side_by_side(f"{cfg.out}/sample.mp4", student, [data.dub_pair(i, 96, cfg.size) for i in range(3)], scale=256 // cfg.size)
-    closing_table(cfg, teacher, student, judge, device, spent)
-    print(f"{cfg.out}/sample.mp4: source | dub | truth; {cfg.out}/curves.png, {cfg.out}/log.jsonl: how training went")
+
+    @functools.cache
+    def bank(split):
+        begun = time.time()
+        clips = data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips, split, cfg.folder if split == "train" else "")
+        spent["data"] += time.time() - begun
+        print(f"data: {len(clips.video)} clips of {4 * cfg.clip_latents / data.FPS:.1f} s ({split}), {time.time() - begun:.0f} s", flush=True)
+        return clips
+    @functools.cache
+    def samples():
+        patches = data.Samples(bank("train"), cfg, device, dtype)
+        bank.cache_clear()                                       # a gigabyte at `small`
+        return patches
+    def stage(name, train):
+        """train(path) unless its result is there -> the path of the result."""
+        path = locate(name, cfg)
+        nn_model.wait()
+        if path is None:
+            path, begun, drawing = f"{cfg.out}/{name}.pt", time.time(), spent["data"]
+            train(path)
+            nn_model.wait()
+            spent[name] = time.time() - begun - spent["data"] + drawing
+        else:
+            print(f"{name}: {path}", flush=True)
+        return path
+    def expert(name, split, seed):
+        def train(path):
+            if not ranks()[0]:
+                syncnet.train(path, syncnet.Config(size=cfg.size), bank(split), cfg.sync_steps, cfg.sync_batch, seed, device,
+                              data.Bank(cfg.size, 96, 32, "watch"), dataclasses.asdict(cfg))
+        return syncnet.load_syncnet(stage(name, train), device)
+    def network(name, train):
+        return load_matching(stage(name, lambda path: train()), cfg, device)
+
+    judge = expert("judge", "judge", cfg.seed + 20)
+    bank.cache_clear()
+    reward = expert("syncnet", "train", cfg.seed + 10)
+    watch = data.held_out(cfg.eval_clips, cfg.size, "watch", device)
+    teacher = network("teacher", lambda: train_teacher(cfg, samples(), judge, watch, device))
+    if cfg.stage != "teacher":
+        init = network("init", lambda: train_init(cfg, teacher, samples(), judge, watch, device))
+    if cfg.stage in ("all", "dmd"):
+        student = network("student", lambda: train_dmd(cfg, teacher, init, samples(), reward, judge, watch, device))
+        if not ranks()[0]:
+            side_by_side(f"{cfg.out}/sample.mp4", student, [data.dub_pair(i, 96, cfg.size) for i in range(3)], scale=256 // cfg.size)
+            closing_table(cfg, teacher, student, judge, device, spent)
+            print(f"{cfg.out}/sample.mp4: source | dub | truth; {cfg.out}/curves.png, {cfg.out}/log.jsonl: how training went")
+    nn_model.leave_others()
 
 
 if __name__ == "__main__":

@@ -318,6 +318,28 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def join_others():
+    """If torchrun started several processes: meet them, each with a GPU of its own if there are any. Only the first one speaks."""
+    if "LOCAL_RANK" in os.environ:
+        gpu = torch.cuda.is_available()
+        dist.init_process_group("nccl" if gpu else "gloo")
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if ranks()[0]:
+            sys.stdout = open(os.devnull, "w")
+
+
+def wait():
+    """Until all processes are here."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def leave_others():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def mine(x):
     """This process's share of a batch. All draw the whole from the same seed, so that any number of them takes the same step."""
     rank, world = ranks()
@@ -345,7 +367,9 @@ def find_device(name=""):
             return torch.zeros(1, device=name).device
         except (RuntimeError, AssertionError) as e:
             raise Fail(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def fast_dtype(device):
@@ -418,14 +442,17 @@ class Progress:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             rng.set_state(state["rng"])
-            torch.set_rng_state(state["torch_rng"])
+            torch.set_rng_state(state["torch_rng"][0])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["torch_rng"][1:])
             self.step = state["step"]
             print(f"{stage}: going on after step {self.step}")
 
     def save(self, step):
         if time.time() - self.saved > self.cfg.save_seconds and not ranks()[0]:
-            save(self.path, kind="resume", step=step, made_with=dataclasses.asdict(self.cfg), rng=self.rng.get_state(),
-                 torch_rng=torch.get_rng_state(), **{name: part.state_dict() for name, part in self.parts.items()})
+            states = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+            save(self.path, kind="resume", step=step, made_with=dataclasses.asdict(self.cfg), rng=self.rng.get_state(), torch_rng=states,
+                 **{name: part.state_dict() for name, part in self.parts.items()})
             self.saved = time.time()
 
     def done(self):

@@ -70,7 +70,7 @@ def to_x0(x_t, v, t):
 
 # ------------------------------------------------------------------------------------------------------------ conditions
 def held_still(frame, latents):
-    """The patches of one frame (B, 1, S, S, 3), repeated for that many latent frames."""
+    """One frame (B, 1, S, S, 3), repeated for that many latent frames -> (B, 4 latents, S, S, 3)."""
     return frame.expand(-1, 4 * latents, -1, -1, -1)
 
 
@@ -233,6 +233,8 @@ def play(path, total):
                 spool.write(frame.numpy().tobytes())
             yield frame
             n, shape = n + 1, frame.shape
+        if n < total and not short:
+            raise Fail(f"{path}: says that it is {duration:.1f} s long and ends after {n / FPS:.1f} s; re-encode it, or use shorter sound")
         for k in range(n, total):
             k %= max(1, 2 * n - 2)
             spool.seek((k if k < n else 2 * n - 2 - k) * shape.numel())

@@ -87,6 +87,12 @@ def score(net, video, mel):
         return sync(*net(video, mel))
 
 
+def judged(dub, truth, mel, judge):
+    """dub, truth (n, T, S, S, 3) uint8 -> means over the clips: Sync-C, Sync-D, mouth PSNR (dB)."""
+    c, d, offset = score(judge, dub, mel)
+    return dict(sync_c=c.mean().item(), sync_d=d.mean().item(), psnr=data.mouth_psnr(dub, truth).mean().item())
+
+
 def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None):
     """Train an expert on `bank` (data.Bank) and save it to `path`; `held_out` is a Bank too. Prints held-out accuracy."""
     torch.manual_seed(seed)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import distill
 import model as nn_model
 import sample
@@ -88,7 +89,7 @@ def test_rollout_is_what_streaming_does(tiny, samples, cfg):
 
 def test_compiled_training_is_the_same_training(cfg, samples, expert, tmp_path, monkeypatch):
     """The switch that is on for GPUs. aot_eager: the same capture of forward and backward, without a minute of code generation."""
-    watch, ends = distill.held_out(1, cfg, "watch", CPU, latents=6), []
+    watch, ends = data.held_out(1, cfg.size, "watch", CPU, latents=6), []
     monkeypatch.setattr(distill.DiT, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
     for switch in ("off", "on"):
         c = dataclasses.replace(cfg, out=str(tmp_path / switch), compile=switch, teacher_steps=2)
@@ -156,7 +157,7 @@ def test_the_whole_job_then_again_then_with_other_settings(cfg, capsys, tmp_path
 @pytest.mark.parametrize("stage", ["teacher", "dmd"])
 def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expert, tmp_path):
     """Stop after half, go on: bit for bit the weights of the run that was not stopped."""
-    watch = distill.held_out(1, cfg, "watch", CPU, latents=6)
+    watch = data.held_out(1, cfg.size, "watch", CPU, latents=6)
     ends = []
     for halves in (False, True):
         c = dataclasses.replace(cfg, out=str(tmp_path / str(halves)), save_seconds=-1)
