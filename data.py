@@ -7,7 +7,10 @@ Video is float in [-1, 1] inside and uint8 RGB outside, at 25 frames a second; a
 """
 import argparse
 import dataclasses
+import inspect
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,7 +124,7 @@ class Bank:
     """Clips to train on, in memory: video (n, T, S, S, 3) uint8, mel (n, 4 T, MELS) float32."""
 
     def __init__(self, size, frames, n, split="train", folder=""):
-        """`n` drawn clips of `frames` frames, or (folder) consecutive clips of that length from real mp4s with sound."""
+        """`n` drawn clips of `frames` frames, or (folder) up to n consecutive ones from real mp4s with sound, their centred square."""
         self.video = torch.empty(n, frames, size, size, 3, dtype=torch.uint8)
         self.mel = torch.empty(n, 4 * frames, MELS)
         if not folder:
@@ -129,15 +132,19 @@ class Bank:
                 clip = draw(SPLITS[split] + 2 * i, frames, size)
                 self.video[i], self.mel[i] = clip.video, log_mel(clip.audio)
             return
-        found = 0
+        found, samples = 0, frames * RATE // FPS
         for path in sorted(Path(folder).glob("*.mp4")):
-            audio, pending = read_audio(path), []
-            for frame in read_video(path):
-                pending.append(square(frame, size))
-                sound = audio[: frames * RATE // FPS]
-                if len(pending) == frames and len(sound) == frames * RATE // FPS and found < n:
-                    self.video[found], self.mel[found] = torch.stack(pending), log_mel(sound)
-                    pending, audio, found = [], audio[len(sound):], found + 1
+            try:
+                audio, video = Sound(path), read_video(path)
+            except Fail as e:
+                print(f"left out: {e}")
+                continue
+            for first in range(0, len(audio) - samples + 1, samples):
+                taken = [square(frame, size) for frame in itertools.islice(video, frames)]
+                if found == n or len(taken) < frames:
+                    break
+                self.video[found], self.mel[found] = torch.stack(taken), log_mel(audio[first:first + samples])
+                found += 1
         if not found:
             raise Fail(f"{folder}: no mp4 with {frames / FPS:.1f} s of picture and sound; put some there or drop --folder")
         self.video, self.mel = self.video[:found], self.mel[:found]
@@ -162,7 +169,7 @@ class Samples:
         self.cfg, self.dtype, self.mel = cfg, dtype, bank.mel.to(device)
         self.patches = torch.cat([patchify(v[None], cfg.patch) for v in bank.video]).to(device)   # uint8
         self.heard = mel_windows(self.mel, cfg)
-        if self.patches.shape[1] < cfg.latents + cfg.chunk:
+        if self.patches.shape[1] < cfg.latents + 2 * cfg.chunk - 1:
             raise Fail(f"clips of {self.patches.shape[1]} latent frames leave no room for a reference outside {cfg.latents}; raise --clip_latents")
 
     def draw(self, n, rng, rank=0, world=1):
@@ -246,6 +253,14 @@ def probe(path):
         reader.close()
 
 
+def picture_seconds(path):
+    """How long the picture lasts, decoded to its end: a file may say otherwise, or hold longer sound."""
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(str(path))[1]
+    except (OSError, RuntimeError) as e:
+        raise no_picture(path, e) from None
+
+
 def no_picture(path, e):
     reason = str(e).strip().splitlines()
     return Fail(f"{path}: no picture could be read ({reason[-1].strip() if reason else 'no frames'}); give a video file, mp4 for instance")
@@ -300,7 +315,8 @@ class write_video:
     """`with write_video(path, (width, height), audio) as put: put(frame)`: H.264 at 25 fps and AAC, frames (H, W, 3) uint8;
     audio: samples at 16 kHz, or a file whose sound is taken as it is.
 
-    Written beside `path` under another name and renamed when whole, so that nothing half-written is left under it."""
+    Written beside `path` under another name and renamed when whole, so that nothing half-written is left under it. A side of an odd
+    number of pixels gets one more, black: H.264 as players want it has even sides."""
 
     def __init__(self, path, size, audio=None):
         self.path, self.size, self.audio = Path(path), size, audio
@@ -315,8 +331,9 @@ class write_video:
         if isinstance(self.audio, np.ndarray):
             extra["audio_path"] = str(Path(self.folder.name) / "sound.wav")
             soundfile.write(extra["audio_path"], self.audio, RATE)
-        self.writer = imageio_ffmpeg.write_frames(str(self.partial), self.size, fps=FPS, codec="libx264", quality=8, macro_block_size=2,
-                                                  ffmpeg_log_level="error", output_params=["-movflags", "+faststart"], **extra)
+        self.writer = imageio_ffmpeg.write_frames(str(self.partial), self.size, fps=FPS, codec="libx264", quality=8, macro_block_size=1,
+                                                  ffmpeg_log_level="error", output_params=[
+                                                      "-movflags", "+faststart", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"], **extra)
         self.writer.send(None)
         return self.put
 
@@ -324,34 +341,35 @@ class write_video:
         try:
             self.writer.send(np.ascontiguousarray(frame))
         except OSError as e:
-            raise Fail(f"{self.path}: ffmpeg stopped writing ({str(e).strip().splitlines()[-1]})") from None
+            raise Fail(f"{self.path}: ffmpeg stopped writing ({ffmpeg_lines(str(e).encode())})") from None
 
     def __exit__(self, kind, *_):
         self.writer.close()
-        whole = kind is None and self.partial.is_file()
-        if whole:
-            os.replace(self.partial, self.path)
-        self.folder.cleanup()
-        if kind is None and not whole:
-            raise Fail(f"{self.path}: ffmpeg wrote no file")
+        try:
+            if kind is None:
+                probe(self.partial)                          # Fail if ffmpeg could not finish it, for want of room for instance
+                os.replace(self.partial, self.path)
+        finally:
+            self.folder.cleanup()
 
 
-def free_space(folder, need):
+def free_space(folder, need, instead="choose another --out"):
     """Make `folder`; Fail unless it can be written and has `need` bytes free."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as e:
-        raise Fail(f"{folder}: cannot be written ({e.strerror}); choose another --out") from None
+        raise Fail(f"{folder}: cannot be written ({e.strerror}); {instead}") from None
     if not os.access(folder, os.W_OK):
-        raise Fail(f"{folder}: not writable; choose another --out")
+        raise Fail(f"{folder}: not writable; {instead}")
     if free < need:
-        raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} MB needed; make room or choose another --out")
+        raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} MB needed; make room or {instead}")
 
 
 # -------------------------------------------------------------------------------------------------------- command lines
 def options(cls, argv, usage, presets=None):
-    """Command line -> cls, a dataclass: every field is an option (`--beta 0`), `--config NAME` picks a preset first."""
+    """Command line -> cls, a dataclass: every field is an option (`--beta 0`), and the comment beside it its help; `--config NAME`
+    picks a preset first. Whole numbers may be 0 only where the class says so, in `zero`."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise Fail(f"{message}; --help lists the options")
@@ -359,12 +377,23 @@ def options(cls, argv, usage, presets=None):
     parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     if presets:
         parser.add_argument("--config", choices=list(presets), default=next(iter(presets)))
+    source = "\n".join(inspect.getsource(c) for c in cls.__mro__[:-1])
+    truth = {"0": False, "1": True, "false": False, "true": True}
+
+    def boolean(word):
+        if word.lower() not in truth:
+            raise ValueError
+        return truth[word.lower()]
+
     for field in dataclasses.fields(cls):
+        comment = re.search(rf"^    {field.name}: [^#\n]*# +(.*)$", source, re.M)
         if field.name != "config" or not presets:
-            boolean = {"type": lambda s: {"0": False, "1": True, "false": False, "true": True}[s.lower()]} if field.type is bool else {"type": field.type}
-            parser.add_argument("--" + field.name, metavar=field.type.__name__.upper(), **boolean,
-                                help=f"{field.metadata.get('help', '')} (default {field.default})")
+            parser.add_argument("--" + field.name, metavar=field.type.__name__.upper(), type=boolean if field.type is bool else field.type,
+                                help=f"{comment[1] if comment else ''} (default {field.default})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if type(value) is int and value < (name not in getattr(cls, "zero", ("seed",))):
+            raise Fail(f"--{name} {value} is too small")
     return cls(**{**(presets[given["config"]] if presets else {}), **given})
 
 

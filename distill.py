@@ -15,7 +15,9 @@ import json
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 
 import data
 import model as nn_model
@@ -56,6 +58,7 @@ class Config(nn_model.Config):
     init_steps: int = 150
     init_batch: int = 16
     landing: int = 30               # j of the student's second step (paper: 30)
+    student_ema: float = .95
     init_lr: float = 2e-4
     # dmd; paper: 600 student updates
     dmd_steps: int = 60             # student updates
@@ -69,8 +72,7 @@ class Config(nn_model.Config):
     band_last: int = 40             # (paper: 40)
     beta: float = 1.                # reward: weight exp(beta Sync-C) (paper: 2); 0 turns it off
     raw_weights: bool = False       # paper: True; False divides them by their mean over the batch
-    student_ema: float = .95
-    save_seconds: int = 120         # between resumable checkpoints
+    save_seconds: int = 30          # between resumable checkpoints
     accumulate: int = 1             # a batch is run in this many parts, for less memory
     compile: str = "auto"           # torch.compile of the training passes: on, off, or auto: on for a GPU (on 2 CPU cores it does not pay)
 
@@ -80,12 +82,12 @@ class Config(nn_model.Config):
 
 
 # What a result depends on: the fields of Config down to this one.
-DEPENDS = {"syncnet": "sync_batch", "judge": "sync_batch", "teacher": "teacher_ema", "init": "init_lr", "student": "student_ema"}
+DEPENDS = {"syncnet": "sync_batch", "judge": "sync_batch", "teacher": "teacher_ema", "init": "init_lr", "student": "raw_weights"}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
     "small": dict(SIZES["small"]),
-    "base": dict(SIZES["base"], clips=2000, teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
+    "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
 
@@ -96,6 +98,9 @@ class Log:
 
     def __init__(self, folder, stage, steps, first=0):
         self.path, self.folder, self.stage, self.steps, self.first, self.start = Path(folder) / "log.jsonl", folder, stage, steps, first, time.time()
+        if self.path.is_file() and not ranks()[0]:               # what an earlier run said of the steps to come is forgotten
+            rows = [line for line in open(self.path) if (r := json.loads(line))["stage"] != stage or r["step"] <= first]
+            self.path.write_text("".join(rows))
 
     def __call__(self, step, **values):
         if ranks()[0]:
@@ -110,13 +115,9 @@ class Log:
               + f" | {spent:5.0f} s, {left:5.0f} s left", flush=True)
 
     def curves(self):
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
         rows = [json.loads(line) for line in open(self.path)]
-        panels = ["loss", "critic_loss", "sync_c", "psnr"]
         figure, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
-        for axis, key in zip(axes, panels):
+        for axis, key in zip(axes, ["loss", "critic_loss", "sync_c", "psnr"]):
             for stage in dict.fromkeys(r["stage"] for r in rows):
                 points = [(r["step"] / max(q["step"] for q in rows if q["stage"] == stage), r[key]) for r in rows if r["stage"] == stage and key in r]
                 if points:
@@ -149,8 +150,7 @@ def flow_loss(model, x0, cond, audio, t, weight_clip):
 
 def rate(step, steps):
     """Warm-up over a twentieth, then a cosine to a tenth."""
-    done = step / steps
-    return min(1, step / (.05 * steps)) * (.55 + .45 * torch.tensor(done * torch.pi).cos().item())
+    return min(1, step / (.05 * steps)) * (.55 + .45 * torch.tensor(step / steps * torch.pi).cos().item())
 
 
 def optimizer_step(optimizer, net, lr):
@@ -178,11 +178,6 @@ def part_of(batch, cfg):
     return batch // cfg.accumulate
 
 
-def maybe_compile(net, cfg, device):
-    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
-        net.compile()
-
-
 def train_teacher(cfg, samples, judge, watch, device):
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
@@ -191,7 +186,8 @@ def train_teacher(cfg, samples, judge, watch, device):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.teacher_lr, betas=(.9, .98), weight_decay=.01, fused=True)
     progress = Progress(cfg, "teacher", DEPENDS["teacher"], rng, model=model, average=average, optimizer=optimizer)
     log, n = Log(cfg.out, "teacher", cfg.teacher_steps, progress.step), part_of(cfg.teacher_batch, cfg)
-    maybe_compile(model, cfg, device)
+    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
+        model.compile()
     for step in range(progress.step + 1, cfg.teacher_steps + 1):
         for _ in range(cfg.accumulate):
             batch = samples.draw(n, rng, *ranks())
@@ -308,8 +304,7 @@ def dmd_loss(X, g, weight):
     Its value means nothing; its gradient is what counts. X - g is held constant, so d/dX of half the square is
     X - (X - g) = g: the loss hands g to the student exactly as if g were the derivative of a loss in X,
     and a descent step moves X along -g = r - f, from what the critic expects towards what the teacher expects."""
-    square = (X - (X - g).detach()) ** 2
-    return (.5 * square.flatten(1).mean(1) * weight).mean()
+    return (.5 * ((X - (X - g).detach()) ** 2).flatten(1).mean(1) * weight).mean()
 
 
 @torch.no_grad()
@@ -334,7 +329,8 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                         optimizer=optimizer, critic_optimizer=critic_optimizer)
     log, values, n = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), {}, part_of(cfg.dmd_batch, cfg)
     draw_t = lambda: mine(shift(torch.rand(n, 1, generator=rng), SHIFT).clamp(.001, .999)).to(device)               # noqa: E731
-    maybe_compile(critic, cfg, device)
+    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
+        critic.compile()
     refresh(fast, student)
     for i in range(progress.step + 1, iterations + 1):
         moves, call = i % cfg.critic_updates == 0, torch.randint(len(cfg.times), (), generator=rng).item()
@@ -380,12 +376,13 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
 def closing_table(cfg, teacher, student, judge, device, spent):
     """Held-out dub pairs: teacher against student; then what each stage took."""
     teacher, student = (copy.deepcopy(net).to(nn_model.fast_dtype(device)) for net in (teacher, student))      # as sample.py runs them
-    source, truth, mel = data.held_out(cfg.table_clips, cfg.size, "held-out", device)
+    source, truth, mel = data.held_out(cfg.table_clips, cfg.size, "held-out", device, 8 * cfg.chunk)
     one, audio, T = source[0], data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
     rows = [("truth", syncnet.judged(truth, truth, mel, judge), None)]
     for name, scale in (("teacher, 50 steps, unguided", 1.), (f"teacher, 50 steps, guidance {cfg.guidance:g}", cfg.guidance)):
         dub = dub_teacher(teacher, source, mel, guidance=scale, latents=cfg.latents)
-        speed = clock((dub_teacher(teacher, one[None, :T], mel[:1, :4 * T], guidance=scale)[0] for _ in range(1)), device)
+        speed = clock((dub_teacher(teacher, one[None, :T], data.log_mel(audio[:T * 640])[None].to(device), guidance=scale, latents=cfg.latents)[0]
+                       for _ in "1"), device)
         rows.append((name, syncnet.judged(dub, truth, mel, judge), speed))
     list(stream(student, one[:24], audio, cfg.times))                                                # warm up
     speed = clock(stream(student, one, audio, cfg.times), device)
@@ -408,6 +405,9 @@ def locate(name, cfg):
     if here.is_file():
         was = nn_model.load(here, "syncnet" if name in ("syncnet", "judge") else "dit")["made_with"]
         nn_model.check_same(here, was, cfg, DEPENDS[name])
+        before = Path(cfg.out) / {"init": "teacher.pt", "student": "init.pt"}.get(name, "")
+        if name in ("init", "student") and (was["teacher"] != cfg.teacher or before.is_file() and before.stat().st_mtime > here.stat().st_mtime):
+            raise Fail(f"{here} was distilled from another teacher; delete it, or choose another --out")
         return here
     if name in ("teacher", "syncnet", "judge") and cfg.stage != name:
         for folder in ([Path(cfg.teacher).parent] if cfg.teacher else []) + [Path(__file__).parent / "weights" / cfg.config]:
@@ -430,10 +430,12 @@ def set_up(cfg):
     for name, words in (("stage", ("teacher", "init", "dmd", "all")), ("compile", ("on", "off", "auto")), ("sync_window", ("on", "off", "reversed", "all"))):
         if getattr(cfg, name) not in words:
             raise Fail(f"--{name} {getattr(cfg, name)}: {', '.join(words[:-1])} or {words[-1]}")
+    if cfg.latents % cfg.chunk or not 0 < cfg.landing < 50:
+        raise Fail(f"--latents {cfg.latents} must be a multiple of --chunk {cfg.chunk}, and --landing {cfg.landing} lie in 1..49")
     cfg.out = cfg.out or f"out/{cfg.config}"
     data.free_space(cfg.out, 500 << 20)
     nn_model.keep_memory()
-    nn_model.join_others()
+    nn_model.join_others(cfg.device)
     return nn_model.find_device(cfg.device)
 
 
@@ -477,21 +479,21 @@ def main(argv):
         return syncnet.load_syncnet(stage(name, train), device)
     def network(name, train):
         return load_matching(stage(name, lambda path: train()), cfg, device)
-
     judge = expert("judge", "judge", cfg.seed + 20)
     bank.cache_clear()
     reward = expert("syncnet", "train", cfg.seed + 10)
-    watch = data.held_out(cfg.eval_clips, cfg.size, "watch", device)
+    watch = data.held_out(cfg.eval_clips, cfg.size, "watch", device, 8 * cfg.chunk)
     teacher = network("teacher", lambda: train_teacher(cfg, samples(), judge, watch, device))
     if cfg.stage != "teacher":
         init = network("init", lambda: train_init(cfg, teacher, samples(), judge, watch, device))
     if cfg.stage in ("all", "dmd"):
         student = network("student", lambda: train_dmd(cfg, teacher, init, samples(), reward, judge, watch, device))
         if not ranks()[0]:
-            side_by_side(f"{cfg.out}/sample.mp4", student, [data.dub_pair(i, 96, cfg.size) for i in range(3)], scale=256 // cfg.size)
+            side_by_side(f"{cfg.out}/sample.mp4", student, [data.dub_pair(i, 96, cfg.size) for i in range(3)], scale=max(1, 256 // cfg.size))
             closing_table(cfg, teacher, student, judge, device, spent)
             print(f"{cfg.out}/sample.mp4: source | dub | truth; {cfg.out}/curves.png, {cfg.out}/log.jsonl: how training went")
-    nn_model.leave_others()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class Config:
     window: int = 6             # latest latent frames attended to, the chunk included (paper: 6)
     audio_back: int = 16        # mel frames (10 ms) heard before a latent frame's own 16
     audio_ahead: int = 12       # and after: the look-ahead, 120 ms, part of the latency
+    zero = ("seed", "sink", "audio_back", "audio_ahead", "band_first")      # may be 0
 
 
 SIZES = {
@@ -239,6 +240,7 @@ class DiT(nn.Module):
         if cfg.size % (2 * p) or p % 4 or D % cfg.heads or (D // cfg.heads) % 8 or cfg.window < cfg.chunk:
             raise Fail(f"model: size {cfg.size} must be a multiple of twice patch {p}, patch of 4, width {D} of 8 x heads {cfg.heads}; window at least chunk")
         self.cfg, self.n, self.m = cfg, cfg.size // p, p // 4
+        self.times = None                                        # a student's denoising times, if not the usual ones
         self.from_noisy, self.from_source, self.from_reference = nn.Linear(12 * p * p, D), nn.Linear(24 * p * p, D), nn.Linear(24 * p * p, D)
         self.place = nn.Parameter(torch.randn(tokens(cfg), D) * .02)
         self.time = nn.Sequential(nn.Linear(128, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 8 * D))
@@ -318,10 +320,10 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join_others():
-    """If torchrun started several processes: meet them, each with a GPU of its own if there are any. Only the first one speaks."""
+def join_others(device=""):
+    """If torchrun started several processes: meet them, each with a GPU of its own unless `device` says cpu. Only the first one speaks."""
     if "LOCAL_RANK" in os.environ:
-        gpu = torch.cuda.is_available()
+        gpu = torch.cuda.is_available() and device != "cpu"
         dist.init_process_group("nccl" if gpu else "gloo")
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -333,11 +335,6 @@ def wait():
     """Until all processes are here."""
     if ranks()[1] > 1:
         dist.barrier()
-
-
-def leave_others():
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def mine(x):
@@ -377,7 +374,7 @@ def fast_dtype(device):
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
         return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_tile") else torch.float32
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
 def mixed(device):
@@ -415,7 +412,8 @@ def load(path, kind):
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["kind"]
     except Exception as e:  # torch.load raises anything from KeyError to UnpicklingError on a file that is none of ours
-        raise Fail(f"{path}: not a checkpoint of this project ({type(e).__name__}); make one with distill.py") from None
+        what = "delete it and run again" if kind == "resume" else "make one with distill.py"
+        raise Fail(f"{path}: not a checkpoint of this project ({type(e).__name__}); {what}") from None
     if found != kind:
         raise Fail(f"{path}: a {found} checkpoint where a {kind} is needed")
     return state
@@ -426,6 +424,7 @@ def load_dit(path, device="cpu", dtype=torch.float32):
     state = load(path, "dit")
     model = DiT(Config(**state["model_config"]))
     model.load_state_dict({k: v.float() for k, v in state["model"].items()})
+    model.times = tuple(state.get("times", ())) or None
     return model.to(device, dtype).eval()
 
 
@@ -475,7 +474,8 @@ def model_fields(cfg):
 
 def save_dit(path, net, cfg, stage, step):
     if not ranks()[0]:
-        save(path, kind="dit", stage=stage, step=step, model_config=model_fields(cfg), made_with=dataclasses.asdict(cfg), model=net.state_dict())
+        save(path, kind="dit", stage=stage, step=step, model_config=model_fields(cfg), made_with=dataclasses.asdict(cfg), times=list(cfg.times),
+             model=net.state_dict())
 
 
 def flops(cfg, latents, keys=None):
@@ -490,8 +490,7 @@ def main(argv):
         print(__doc__)
         return
     print(f"{'':8}{'parameters':>12}{'tokens/latent':>15}{'GFLOP a chunk':>15}")
-    for name, size in SIZES.items():
-        cfg = Config(**size)
+    for name, cfg in ((name, Config(**size)) for name, size in SIZES.items()):
         count = sum(p.numel() for p in DiT(cfg).parameters())
         print(f"{name:8}{count / 1e6:>11.1f}M{tokens(cfg):>15}{3 * flops(cfg, cfg.chunk, cfg.sink + cfg.window) / 1e9:>15.2f}")
 

@@ -129,12 +129,12 @@ def dub_teacher(model, source, mel, steps=STEPS, guidance=1., latents=12, seed=0
 
 # ------------------------------------------------------------------------------------------- student: two steps a chunk
 @torch.no_grad()
-def generate(model, conditions, times=TIMES, rng=None):
+def generate(model, conditions, times=None, rng=None):
     """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each.
 
     The paper's three passes a chunk: noise -> x0, re-noised with fresh noise -> x0, and one at t = 0 that writes the cache. The
     last is not needed before the next chunk, so it runs in one forward with that chunk's first: two calls a chunk, the same numbers."""
-    cache, before = None, None
+    cache, before, times = None, None, times or model.times or TIMES
     for cond, audio in conditions:
         device, k = cond.known.device, model.cfg.chunk
         noise = lambda: torch.randn(cond.known.shape, generator=rng).to(device)   # noqa: E731
@@ -153,7 +153,7 @@ def generate(model, conditions, times=TIMES, rng=None):
         yield x0
 
 
-def dub_student(model, source, mel, times=TIMES, seed=0):
+def dub_student(model, source, mel, times=None, seed=0):
     """Dub a batch of whole clips chunk by chunk. source (B, T, S, S, 3) uint8, T a multiple of a chunk's frames -> uint8 like source."""
     rng, L, p = torch.Generator().manual_seed(seed), model.cfg.chunk, model.cfg.patch
     reference, source = patchify(to_float(previous_chunk(source, model.cfg)), p), patchify(to_float(source), p)
@@ -163,7 +163,7 @@ def dub_student(model, source, mel, times=TIMES, seed=0):
     return to_uint8(picture(torch.cat(list(generate(model, parts, times, rng)), 1), source, p))
 
 
-def stream(model, source, audio, times=TIMES, seed=0):
+def stream(model, source, audio, times=None, seed=0):
     """Dub a stream. source: an iterable of (S, S, 3) uint8 frames at 25 fps; audio: (samples,) float32 at 16 kHz, anything
     that slices. Yields (n, S, S, 3) uint8, n = 12 frames (0.48 s; less at the end). Holds one chunk, the one before, and the cache."""
     cfg, device = model.cfg, model.head.weight.device
@@ -222,23 +222,25 @@ def clock(frames_of, device):
 # ------------------------------------------------------------------------------------------------- dubbing real footage
 def play(path, total):
     """Yield `total` frames of a video, back and forth if it is shorter. Then its frames are kept in a file on disk, not in memory."""
-    duration, width, height = data.probe(path)
-    short = not duration or duration * FPS < total + 2
+    _, width, height = data.probe(path)
+    have = data.picture_seconds(path) * FPS
+    short = have < total - 1
     if short:
-        data.free_space(tempfile.gettempdir(), int((duration or 60) * FPS + 2) * width * height * 3)
+        data.free_space(tempfile.gettempdir(), int(have + 2) * width * height * 3, "set TMPDIR to a folder on a larger disk")
     with tempfile.TemporaryFile() as spool:
         n = 0
         for frame in itertools.islice(data.read_video(path), total):
             if short:
                 spool.write(frame.numpy().tobytes())
             yield frame
-            n, shape = n + 1, frame.shape
-        if n < total and not short:
-            raise Fail(f"{path}: says that it is {duration:.1f} s long and ends after {n / FPS:.1f} s; re-encode it, or use shorter sound")
+            n += 1
         for k in range(n, total):
+            if not short:                            # rounding of the rate: a frame or two
+                yield frame
+                continue
             k %= max(1, 2 * n - 2)
-            spool.seek((k if k < n else 2 * n - 2 - k) * shape.numel())
-            yield torch.frombuffer(bytearray(spool.read(shape.numel())), dtype=torch.uint8).view(shape)
+            spool.seek((k if k < n else 2 * n - 2 - k) * frame.numel())
+            yield torch.frombuffer(bytearray(spool.read(frame.numel())), dtype=torch.uint8).view(frame.shape)
 
 
 def paste(frame, dub, box, mask):
@@ -258,7 +260,7 @@ def dub_file(model, cfg):
     source = play(cfg.video, total)
     first = next(source)
     box = data.parse_box(cfg.box, first)
-    mask = F.interpolate(data.mouth_mask(model.cfg.size)[None, None], size=(box[2], box[2]), mode="bilinear", align_corners=False)[0, 0, :, :, None]
+    mask = data.mouth_mask(box[2])[:, :, None]
     frames, kept = itertools.chain([first], source), []
 
     def squares():
@@ -298,12 +300,12 @@ def side_by_side(path, model, pairs, seed=0, scale=4):
 
 @dataclasses.dataclass
 class Options:
-    video: str = dataclasses.field(default="", metadata=dict(help="the recording to dub; a held-out drawn face if not given"))
-    audio: str = dataclasses.field(default="", metadata=dict(help="the sound to dub it with; the video's own if not given"))
-    out: str = dataclasses.field(default="out/dub.mp4", metadata=dict(help="where the dubbed video goes; - for raw RGB frames on standard output"))
-    box: str = dataclasses.field(default="", metadata=dict(help="X,Y,SIDE of the face in pixels; the centred square if not given"))
-    weights: str = dataclasses.field(default="", metadata=dict(help="a student's checkpoint; else the bundled one, else what distill.py made last"))
-    device: str = dataclasses.field(default="", metadata=dict(help="cuda, mps or cpu; the best there is if not given"))
+    video: str = ""  # the recording to dub; a held-out drawn face if not given
+    audio: str = ""  # the sound to dub it with; the video's own if not given
+    out: str = "out/dub.mp4"  # where the dubbed video goes; - for raw RGB frames on standard output
+    box: str = ""  # X,Y,SIDE of the face in pixels; the centred square if not given
+    weights: str = ""  # a student's checkpoint; else the bundled one, else what distill.py made last
+    device: str = ""  # cuda, mps or cpu; the best there is if not given
     seed: int = 0
 
 

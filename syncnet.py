@@ -89,7 +89,7 @@ def score(net, video, mel):
 
 def judged(dub, truth, mel, judge):
     """dub, truth (n, T, S, S, 3) uint8 -> means over the clips: Sync-C, Sync-D, mouth PSNR (dB)."""
-    c, d, offset = score(judge, dub, mel)
+    c, d, _ = score(judge, dub, mel)
     return dict(sync_c=c.mean().item(), sync_d=d.mean().item(), psnr=data.mouth_psnr(dub, truth).mean().item())
 
 
@@ -98,7 +98,7 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     net = SyncNet(cfg).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=.01)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=.1)
     T, start = min(48, bank.video.shape[1]), time.time()
     for step in range(1, steps + 1):
@@ -135,21 +135,22 @@ def load_syncnet(path, device="cpu"):
 
 @dataclasses.dataclass
 class Options:
-    video: str = dataclasses.field(default="", metadata=dict(help="the clip to judge"))
-    audio: str = dataclasses.field(default="", metadata=dict(help="judge it with this sound instead of its own"))
-    box: str = dataclasses.field(default="", metadata=dict(help="X,Y,SIDE of the face in pixels; the centred square if not given"))
-    weights: str = dataclasses.field(default="", metadata=dict(help="a judge's checkpoint; else the bundled one, else what distill.py made last"))
-    device: str = dataclasses.field(default="", metadata=dict(help="cuda, mps or cpu; the best there is if not given"))
+    video: str = ""  # the clip to judge
+    audio: str = ""  # judge it with this sound instead of its own
+    box: str = ""  # X,Y,SIDE of the face in pixels; the centred square if not given
+    weights: str = ""  # a judge's checkpoint; else the bundled one, else what distill.py made last
+    device: str = ""  # cuda, mps or cpu; the best there is if not given
 
 
 def find_weights(name, given=""):
     """The checkpoint called `name`: as given, bundled, or made here. Fail: none."""
+    if given:
+        data.need_file(given)
+        return Path(given)
     here = Path(__file__).parent
-    for path in [Path(given)] if given else [here / f"weights/small/{name}.pt", here / f"out/small/{name}.pt", here / f"out/tiny/{name}.pt"]:
+    for path in [here / f"weights/small/{name}.pt", *sorted(here.glob(f"out/*/{name}.pt"), key=lambda p: -p.stat().st_mtime)]:
         if path.is_file():
             return path
-    if given:
-        raise Fail(f"{given}: no such file")
     raise Fail(f"no {name} yet: run python distill.py --config tiny first (minutes), or name one on the command line")
 
 
@@ -166,6 +167,8 @@ def main(argv):
         box = box or data.parse_box(cfg.box, frame)
         frames.append(data.square(frame, net.cfg.size, box))
     n = min(len(frames), len(audio) * data.FPS // data.RATE)
+    if n < 12:
+        raise Fail(f"{n} frames with sound are too few to judge lip-sync; give at least 12 (0.48 s)")
     mel = data.log_mel(audio[: n * data.RATE // data.FPS])
     c, d, offset = (x.item() for x in score(net, torch.stack(frames[:n])[None].to(device), mel[None].to(device)))
     print(f"Sync-C {c:.3f}  Sync-D {d:.3f}  offset {offset:+d} frames ({1000 * offset // data.FPS:+d} ms)  over {n} frames")

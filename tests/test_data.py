@@ -53,6 +53,16 @@ def test_written_video_reads_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
+def test_an_odd_size_grows_by_a_pixel_and_is_not_resampled(tmp_path):
+    rows = torch.zeros(33, 35, 3, dtype=torch.uint8)
+    rows[16:] = 255
+    with data.write_video(tmp_path / "a.mp4", (35, 33)) as put:
+        for _ in range(3):
+            put(rows.numpy())
+    frame = next(data.read_video(tmp_path / "a.mp4"))
+    assert frame.shape == (34, 36, 3) and (frame[:33, :35].int() - rows.int()).abs().float().mean() < 3
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), data.write_video(tmp_path / "x.mp4", (32, 32)) as put:
         put(np.zeros((32, 32, 3), np.uint8))

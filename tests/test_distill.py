@@ -150,6 +150,8 @@ def test_the_whole_job_then_again_then_with_other_settings(cfg, capsys, tmp_path
     assert "step" not in capsys.readouterr().out.split("Sync-C")[0]
     with pytest.raises(distill.Fail, match="--beta 1.0, not 0.5"):
         distill.main(argv + ["--beta", ".5"])
+    with pytest.raises(distill.Fail, match="another teacher"):
+        distill.main(argv + ["--teacher", str(tmp_path / "teacher.pt")])
     with pytest.raises(distill.Fail, match="width is 96 there and 48"):
         distill.main(["--config", "tiny", "--out", str(tmp_path / "other"), "--teacher", str(tmp_path / "teacher.pt"), "--width", "48", "--clips", "2"])
 

@@ -68,6 +68,12 @@ CASES = {
     "no teacher": ("distill --config tiny --teacher missing", "no such file"),
     "an unknown bench": ("bench love", "no such bench"),
     "a bench of nothing": ("bench speed --config huge", "one of tiny, small, base"),
+    "half a clip": ("distill --config tiny --latents 10", "multiple of --chunk"),
+    "no clips": ("distill --config tiny --clips 0", "--clips 0 is too small"),
+    "neither yes nor no": ("distill --config tiny --raw_weights yes", "invalid boolean value"),
+    "an unknown switch": ("distill --config tiny --compile maybe", "on, off or auto"),
+    "a negative seed": ("data --seed -1", "--seed -1 is too small"),
+    "too few chunks": ("bench speed --chunks 3", "at least 104"),
     "an odd picture": ("data --size 33", "even"),
     "an unknown device": (DUB + " --device abacus", "--device abacus"),
 }

@@ -122,6 +122,26 @@ def test_back_and_forth(tmp_path):
     assert seen == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3, 4, 3]
 
 
+def test_sound_that_outlasts_the_picture_of_its_own_file(tmp_path):
+    """1 s of picture in a file of 3 s: the picture is played back and forth, whatever the container says."""
+    with data.write_video(tmp_path / "a.mp4", (32, 32), np.zeros(3 * data.RATE, np.float32)) as put:
+        for i in range(25):
+            put(np.full((32, 32, 3), 8 * i + 20, np.uint8))
+    assert data.probe(tmp_path / "a.mp4")[0] > 2.9
+    seen = [round((f.float().mean().item() - 20) / 8) for f in sample.play(tmp_path / "a.mp4", 50)]
+    assert seen == [*range(25), *range(23, 0, -1), 0, 1]
+
+
+def test_a_student_keeps_its_own_times(tmp_path, tiny, cfg):
+    import dataclasses
+    nn_model.save_dit(str(tmp_path / "a.pt"), tiny, dataclasses.replace(cfg, landing=20), "student", 0)
+    student, clip, seen = nn_model.load_dit(str(tmp_path / "a.pt")), data.draw(1, 12, 32), []
+    assert student.times == pytest.approx((.999, sample.tau(20)))
+    student.modulation = lambda t, original=student.modulation: (seen.append(t), original(t))[1]
+    list(sample.stream(student, clip.video, clip.audio))
+    assert seen[:2] == pytest.approx([.999, sample.tau(20)])
+
+
 def test_dubbing_a_recording(tmp_path, student_file):
     """29.97 fps, 176x144, stereo 44.1 kHz, shorter than the sound: sized, timed and sounding as asked, untouched outside the box."""
     video, sound, out = tmp_path / "in.mp4", tmp_path / "in.wav", tmp_path / "out.mp4"
