@@ -217,35 +217,37 @@ def draw(seed, frames, size, text=None, voice=None, detail=None):
     fringe = coverage(y - p["hairline"] - .10 * torch.sin(2.2 * u + p["light"][0] * 20) - .03 * texture, k / 2)
     paint(alpha * fringe, colour(p["hair"]) * (1 + .08 * texture)[None])
 
-    # Eyes, brows, nose, glasses: the upper rows only.
-    top = slice(0, int(size * .72))
-    u1, v1, s1 = u[:, top], v[:, top], shade[:, top]
     blink = np.zeros(frames)
     for start in np.cumsum(rng.uniform(1., 4., 8)) - rng.uniform(0, 2):
         blink = np.maximum(blink, np.exp(-((t - start) / .06) ** 2))
-    gaze = column(.025 * np.round(wander(rng, t, .1, .5)))
-    for side in (-1, 1):
-        ex, ey, r = side * p["eye_x"], p["eye_y"], p["eye_r"]
-        lid = column(r * .62 * (1 - .92 * blink))
-        eye = coverage((((u1 - ex) / r) ** 2 + ((v1 - ey) / lid) ** 2).sqrt().sub(1) * lid, k)
-        paint(coverage(ellipse(u1, v1, ex, ey, r * 1.25, r * .95), k / 2) * .25, colour(p["skin"] * .6) * s1[None], top)
-        paint(eye, np.array([.93, .93, .92]), top)
-        paint(eye * coverage(ellipse(u1, v1, ex + gaze, ey, r * .48, r * .48), k), p["eye"], top)
-        paint(eye * coverage(ellipse(u1, v1, ex + gaze, ey, r * .22, r * .22), k), np.full(3, .03), top)
-        paint(coverage((v1 - ey + r * 1.35 + .5 * (u1 - ex) ** 2 - .02 * side * (u1 - ex)).abs() - p["brow"], k)
-              * coverage((u1 - ex).abs() - r * 1.4, k), p["hair"] * .7, top)
-        if p["glasses"]:
-            paint(coverage(ellipse(u1, v1, ex, ey, r * 1.75, r * 1.5).abs() - .014, k), np.full(3, .08), top)
-    nose = torch.exp(-((u1 - .6 * yaw) / .05) ** 2) * (.10 + p["gloss"]) * ((v1 + .3) * 3).clamp(0, 1) * ((.2 - v1) * 8).clamp(0, 1)
-    paint(nose, np.ones(3), top)
-    for side in (-1, 1):
-        paint(coverage(ellipse(u1, v1, side * p["nose"] * .6, .19, p["nose"] * .42, .028), k) * .55, p["skin"] * .35, top)
+    gaze, top = column(.025 * np.round(wander(rng, t, .1, .5))), slice(0, int(size * .72))
+    draw_eyes(paint, top, u[:, top], v[:, top], shade[:, top], k, p, column, colour, blink, gaze, yaw)
 
     low = slice(int(size * .5), size)
     width = draw_mouth(paint, low, u[:, low], v[:, low], shade[:, low], k, p, column, colour, lips, fine, t)
     video = (img * 255).add_(.5).clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
     mouth = np.stack([.155 * lips[:, 0] * p["strength"], width.flatten().numpy()], 1).astype(np.float32)
     return Clip(video, audio, mouth * scale.flatten().numpy()[:, None])
+
+
+def draw_eyes(paint, rows, u, v, shade, k, p, column, colour, blink, gaze, yaw):
+    """Eyes, brows, glasses and nose on the head's coordinates u, v (T, rows, S). blink (T,) in 0..1; gaze and yaw (T, 1, 1)."""
+    for side in (-1, 1):
+        ex, ey, r = side * p["eye_x"], p["eye_y"], p["eye_r"]
+        lid = column(r * .62 * (1 - .92 * blink))
+        eye = coverage((((u - ex) / r) ** 2 + ((v - ey) / lid) ** 2).sqrt().sub(1) * lid, k)
+        paint(coverage(ellipse(u, v, ex, ey, r * 1.25, r * .95), k / 2) * .25, colour(p["skin"] * .6) * shade[None], rows)
+        paint(eye, np.array([.93, .93, .92]), rows)
+        paint(eye * coverage(ellipse(u, v, ex + gaze, ey, r * .48, r * .48), k), p["eye"], rows)
+        paint(eye * coverage(ellipse(u, v, ex + gaze, ey, r * .22, r * .22), k), np.full(3, .03), rows)
+        paint(coverage((v - ey + r * 1.35 + .5 * (u - ex) ** 2 - .02 * side * (u - ex)).abs() - p["brow"], k)
+              * coverage((u - ex).abs() - r * 1.4, k), p["hair"] * .7, rows)
+        if p["glasses"]:
+            paint(coverage(ellipse(u, v, ex, ey, r * 1.75, r * 1.5).abs() - .014, k), np.full(3, .08), rows)
+    nose = torch.exp(-((u - .6 * yaw) / .05) ** 2) * (.10 + p["gloss"]) * ((v + .3) * 3).clamp(0, 1) * ((.2 - v) * 8).clamp(0, 1)
+    paint(nose, np.ones(3), rows)
+    for side in (-1, 1):
+        paint(coverage(ellipse(u, v, side * p["nose"] * .6, .19, p["nose"] * .42, .028), k) * .55, p["skin"] * .35, rows)
 
 
 def draw_mouth(paint, rows, u, v, shade, k, p, column, colour, lips, fine, t):
