@@ -1,4 +1,4 @@
-"""Every number in the README. The last line is one JSON object, for other programs; figures go to out/bench/.
+"""The speed numbers in the README. The last line is one JSON object, for other programs; figures go to out/bench/.
 
     python bench.py speed --config tiny         # frames a second, time to the first frame, each pass, training steps, memory
     python bench.py speed --config small --threads 1
@@ -86,6 +86,20 @@ def peak_gflops(device):
     return 2 * n ** 3 / min(seconds_of(lambda: a @ b, device)[0] for _ in range(12)) / 1e9
 
 
+def flops(cfg, latents, keys=None):
+    """Multiply-adds times two over `latents` latent frames, each attending to `keys` (default: all) -> one pass; of it, its input
+    layer; of it, its head; and apart from it, embedding the conditions, once for any number of passes."""
+    N, D, P = nn_model.tokens(cfg), cfg.width, 12 * cfg.patch ** 2
+    blocks = cfg.depth * (12 * D * D + 2 * D * N * (keys or latents))
+    return [2 * latents * N * x for x in (blocks + D * P * (1 + 2.25), D * P, D * P * 2.25, D * P * 4)]
+
+
+def chunk_flops(cfg):
+    """A streamed chunk: three passes, the one that writes the cache without a head, and the conditions."""
+    one, _, head, conditions = flops(cfg, cfg.chunk, cfg.sink + cfg.window)
+    return 3 * one - head + conditions
+
+
 def passes(model, clip, device, rounds):
     """Milliseconds of each part of a chunk, once the window is full: {part: median}. The cache pass stands alone here; a stream runs it
     together with the next chunk's pass 1."""
@@ -138,13 +152,15 @@ def training(name, device, peak):
         teacher_s = steps_of(lambda: distill.train_teacher(cfg, samples, judge, watch, device), folder, "teacher")
         net = nn_model.load_dit(f"{folder}/teacher.pt", device).requires_grad_(False)
         update_s = steps_of(lambda: distill.train_dmd(cfg, net, copy.deepcopy(net), samples, judge, judge, watch, device), folder, "dmd")
-    # A step is worth three forward passes. An update: per critic update a rollout (on average one and a half calls, and the cache pass) and a
-    # critic step; then the student's backward, the teacher (guided in the band) and the critic's guess.
-    forward = nn_model.flops(net.cfg, cfg.latents)
-    band = (cfg.band_last - cfg.band_first) / 50
-    count = cfg.critic_updates * (.5 * (1 + len(cfg.times)) + 1 + 3) + 2 + (1 + band) + 1
-    return dict(teacher_step_s=teacher_s, student_update_s=update_s, mfu=3 * forward * cfg.teacher_batch / teacher_s / peak / 1e9,
-                student_update_mfu=count * forward * cfg.dmd_batch / update_s / peak / 1e9)
+    # Backward is twice forward, less the gradient of what is not trained: the pixels that go into the input layer and the conditions.
+    one, entry, head, conditions = flops(net.cfg, cfg.latents)
+    step = 3 * one - entry + 2 * conditions
+    # Per critic update a rollout (one and a half calls on average, the cache pass without its head) and a step of the critic; then
+    # the student's backward, the teacher (twice where it is guided) and the critic's guess.
+    rollout, guided = .5 * (1 + len(cfg.times)) * one + one - head + conditions, (cfg.band_last - cfg.band_first) / 50
+    update = cfg.critic_updates * (rollout + step) + (2 * one - entry + conditions) + (1 + guided) * one + one + 2 * conditions
+    return dict(teacher_step_s=teacher_s, student_update_s=update_s, mfu=step * cfg.teacher_batch / teacher_s / peak / 1e9,
+                student_update_mfu=update * cfg.dmd_batch / update_s / peak / 1e9)
 
 
 # The highest resident memory of a process, in kB. (ru_maxrss would do, were it not inherited from whoever started the process.)
@@ -203,12 +219,13 @@ def speed(cfg):
     parts, peak = passes(model, clip, device, cfg.rounds), peak_gflops(device)
     k = model.cfg.chunk
     ratio, bound = middle["student"] / middle["teacher_guided"], 2 * sample.STEPS / (len(sample.TIMES) + 1)
-    work = 3 * nn_model.flops(model.cfg, k, model.cfg.sink + model.cfg.window) / (4 * k / middle["student"]) / 1e9
+    work = chunk_flops(model.cfg) / (4 * k / middle["student"]) / 1e9
+    teacher_work = 2 * sample.STEPS * flops(model.cfg, recipe.latents)[0] / (window / middle["teacher_guided"]) / 1e9
     result = dict(about("speed", cfg, device), student=dict(
         fps=middle["student"], fps_range=[min(fps["student"]), max(fps["student"])], ttff_s=ttff["student"], ms_per_chunk=4000 * k / middle["student"],
         passes_per_chunk=len(sample.TIMES) + 1, calls_per_chunk=len(sample.TIMES), ms=parts),
         teacher_guided=dict(fps=middle["teacher_guided"], ttff_s=ttff["teacher_guided"]), teacher=dict(fps=middle["teacher"], ttff_s=ttff["teacher"]),
-        attention=kernels(model, device), ratio=ratio, bound=bound, stream_gflops=work, peak_gflops=peak)
+        attention=kernels(model, device), ratio=ratio, bound=bound, stream_gflops=work, teacher_gflops=teacher_work, peak_gflops=peak)
     if cfg.training:
         result["train"] = training(cfg.config, device, peak)
     if cfg.memory and sys.platform == "linux":

@@ -1,8 +1,8 @@
 """The main job: train a slow bidirectional teacher, then distil it into a causal student of two steps.
 
     python distill.py --config tiny         # from nothing to out/tiny/sample.mp4, minutes on a laptop
-    python distill.py --config small        # from the bundled teacher, or --teacher PATH; else trains one first
-    python distill.py --config small --stage teacher            # one stage: teacher, init or dmd
+    python distill.py --config small        # from a teacher in weights/small/ or --teacher PATH; else trains one first
+    python distill.py --config small --stage teacher            # stop after the teacher (or init)
     python distill.py --config small --beta 0 --sync_window off      # every field of Config is an option
 
 Stages: syncnet and judge (the lip-sync experts), teacher (flow matching), init (diffusion forcing), dmd (distribution

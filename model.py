@@ -1,6 +1,6 @@
 """The network: one diffusion transformer (DiT) for teacher and student. Only their attention differs.
 
-    python model.py                 # the sizes, their parameters and FLOPs
+    python model.py                 # the sizes and their parameters
 
 A token covers 4 frames x p x p pixels, P = 12 p p values; L = T/4 latent frames of N tokens. The paper gets the same footprint from a
 VAE (4 x 8 x 8) and 1 x 2 x 2 patches; here the network sees the pixels and predicts the clean video x0 (arXiv 2511.13720
@@ -478,21 +478,14 @@ def save_dit(path, net, cfg, stage, step):
              model=net.state_dict())
 
 
-def flops(cfg, latents, keys=None):
-    """Multiply-adds times two of one forward pass over `latents` latent frames, each attending to `keys` latent frames."""
-    N, D, P = tokens(cfg), cfg.width, 12 * cfg.patch ** 2
-    linear = cfg.depth * 12 * D * D + D * P * (1 + 4 + 2.25)
-    return 2 * latents * N * (linear + cfg.depth * 2 * D * N * (keys or latents))
-
-
 def main(argv):
     if argv:
         print(__doc__)
         return
-    print(f"{'':8}{'parameters':>12}{'tokens/latent':>15}{'GFLOP a chunk':>15}")
+    print(f"{'':8}{'parameters':>12}{'tokens/latent':>15}")
     for name, cfg in ((name, Config(**size)) for name, size in SIZES.items()):
         count = sum(p.numel() for p in DiT(cfg).parameters())
-        print(f"{name:8}{count / 1e6:>11.1f}M{tokens(cfg):>15}{3 * flops(cfg, cfg.chunk, cfg.sink + cfg.window) / 1e9:>15.2f}")
+        print(f"{name:8}{count / 1e6:>11.1f}M{tokens(cfg):>15}")
 
 
 if __name__ == "__main__":
