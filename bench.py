@@ -3,6 +3,8 @@
     python bench.py speed --config tiny         # frames a second, time to the first frame, each pass, training steps, memory
     python bench.py speed --config small --threads 1
     python bench.py attention --config small    # the causal clip: a call a chunk, against one call with a mask, and flex_attention
+    python bench.py quality --config small      # the judge's table, see quality.py
+    python bench.py long --config small         # three minutes streamed
 
 FPS: frames out over wall time, everything from raw pixels and samples to uint8 frames in host memory included. TTFF: from the
 moment the first chunk's pixels and samples are in memory to its first frame as uint8. One stream, batch 1. Speed does not depend
@@ -28,10 +30,13 @@ import torch.nn.functional as F
 import data
 import distill
 import model as nn_model
+import runtime
 import sample
 import syncnet
 from data import Fail, patchify, to_float, to_uint8
-from model import Cache, Config, DiT, mixed
+from model import Cache, Config, DiT
+from quality import Long, Quality, about, long, quality, start
+from runtime import mixed
 
 
 @dataclasses.dataclass
@@ -63,26 +68,10 @@ def seconds_of(work, device):
     return time.perf_counter() - begun, result
 
 
-def start(cfg):
-    """What all benches begin with -> device."""
-    if cfg.config not in nn_model.SIZES:
-        raise Fail(f"--config {cfg.config}: one of {', '.join(nn_model.SIZES)}")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    data.free_space(cfg.out, 64 << 20)
-    nn_model.keep_memory()
-    torch.manual_seed(cfg.seed)
-    return nn_model.find_device(cfg.device)
-
-
-def about(bench, cfg, device):
-    return dict(bench=bench, config=cfg.config, device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, clips=1, seed=cfg.seed)
-
-
 def peak_gflops(device):
     """The best rate that a square matrix product reaches here, in the precision that the network runs in."""
     n = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=nn_model.fast_dtype(device)) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=runtime.fast_dtype(device)) for _ in range(2))
     return 2 * n ** 3 / min(seconds_of(lambda: a @ b, device)[0] for _ in range(12)) / 1e9
 
 
@@ -112,7 +101,7 @@ def passes(model, clip, device, rounds):
 
     n = 4 * cfg.chunk
     with torch.no_grad(), mixed(device):
-        cache = Cache(model, 1, nn_model.fast_dtype(device))
+        cache = Cache(model, 1, runtime.fast_dtype(device))
         for c in range(3 + 4 * rounds):
             video = part("pixels in", lambda: patchify(to_float(clip.video[None, :n].to(device)), cfg.patch))
             mel = part("mel", lambda c=c: sample.chunk_mel(clip.audio, c % 4, cfg).to(device))
@@ -147,9 +136,9 @@ def training(name, device, peak):
     """Seconds of a teacher step and of a student update (with its critic updates), by the trainings themselves."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = distill.Config(**dict(distill.PRESETS[name], config=name, out=folder, clips=8, teacher_steps=16, dmd_steps=18, compile="off"))
-        samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, device, nn_model.fast_dtype(device))
+        samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, device, runtime.fast_dtype(device))
         watch, judge = data.held_out(1, cfg.size, "watch", device), syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(device).eval()
-        teacher_s = steps_of(lambda: distill.train_teacher(cfg, samples, judge, watch, device), folder, "teacher")
+        teacher_s = steps_of(lambda: distill.train_teacher(cfg, samples, judge, judge, watch, device), folder, "teacher")
         net = nn_model.load_dit(f"{folder}/teacher.pt", device).requires_grad_(False)
         update_s = steps_of(lambda: distill.train_dmd(cfg, net, copy.deepcopy(net), samples, judge, judge, watch, device), folder, "dmd")
     # Backward is twice forward, less the gradient of what is not trained: the pixels that go into the input layer and the conditions.
@@ -172,7 +161,7 @@ def peak_memory(model, seconds):
     """Peak resident MB of `sample.py` dubbing a drawn video of that many seconds, in a process of its own (Linux only)."""
     with tempfile.TemporaryDirectory() as folder:
         weights, video = f"{folder}/student.pt", f"{folder}/in.mp4"
-        nn_model.save(weights, kind="dit", model_config=dataclasses.asdict(model.cfg), model=model.float().state_dict())
+        runtime.save(weights, kind="dit", model_config=dataclasses.asdict(model.cfg), model=model.float().state_dict())
         clip = data.draw(data.SPLITS["held-out"], 250, model.cfg.size)
         with data.write_video(video, (model.cfg.size, model.cfg.size), np.tile(clip.audio, -(-seconds // 10))) as put:
             for i in range(seconds * data.FPS):
@@ -196,7 +185,7 @@ def speed(cfg):
     if cfg.chunks < 104:
         raise Fail(f"--chunks {cfg.chunks}: at least 104, to compare the first with the last")
     device = start(cfg)
-    model = DiT(Config(**nn_model.SIZES[cfg.config])).to(device, nn_model.fast_dtype(device)).eval()
+    model = DiT(Config(**nn_model.SIZES[cfg.config])).to(device, runtime.fast_dtype(device)).eval()
     recipe = distill.Config(**distill.PRESETS[cfg.config])
     window = 4 * recipe.latents                                                     # frames that the teacher makes at once
     T = max(1, round(cfg.seconds * data.FPS / window)) * window
@@ -230,14 +219,14 @@ def speed(cfg):
         result["train"] = training(cfg.config, device, peak)
     if cfg.memory and sys.platform == "linux":
         result["peak_rss_mb"] = {f"{s} s": peak_memory(model, s) for s in (30, 180)}
-        model.to(nn_model.fast_dtype(device))
+        model.to(runtime.fast_dtype(device))
     times = flat(model, cfg.chunks, device)
     report(cfg, result, fps, ttff, times)
 
 
 def report(cfg, result, fps, ttff, times):
     """The Markdown tables, the figure, the JSON line."""
-    dtype = str(nn_model.fast_dtype(torch.device(result["device"])))[6:]
+    dtype = str(runtime.fast_dtype(torch.device(result["device"])))[6:]
     print(f"{cfg.config} on {result['device']}, {result['threads']} threads, {dtype}, torch {torch.__version__}, matrix products "
           f"at most {result['peak_gflops']:.0f} GFLOP/s\n\n| | FPS, median (least to most) of {cfg.rounds} | TTFF (ms) |\n|---|---|---|")
     for name, values in fps.items():
@@ -279,7 +268,7 @@ def attention(cfg):
     """The causal full clip's attention three ways, forward, batch 4: milliseconds, median of the rounds, taking turns."""
     device = start(cfg)
     c = Config(**nn_model.SIZES[cfg.config])
-    rope, N, dtype = nn_model.rope_table(c).to(device), nn_model.tokens(c), nn_model.fast_dtype(device)
+    rope, N, dtype = nn_model.rope_table(c).to(device), nn_model.tokens(c), runtime.fast_dtype(device)
     rows = []
     for latents in (12, 48, 192):
         q, k, v = (torch.randn(4, c.heads, latents * N, c.width // c.heads, device=device, dtype=dtype) for _ in range(3))
@@ -313,7 +302,7 @@ def attention(cfg):
     print(json.dumps(dict(about("attention", cfg, device), rows=rows)))
 
 
-BENCHES = {"speed": (Speed, speed), "attention": (Attention, attention)}
+BENCHES = {"speed": (Speed, speed), "attention": (Attention, attention), "quality": (Quality, quality), "long": (Long, long)}
 
 
 def main(argv):

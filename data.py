@@ -25,7 +25,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from faces import FPS, RATE, SPLITS, draw, dub_pair  # noqa: F401  dub_pair: for those who import this file
+from faces import FPS, RATE, SPLITS, draw, dub_pair, mouth_mask  # noqa: F401  dub_pair: for those who import this file
 
 HOP = 160               # samples between mel frames: 100 a second, 4 to a video frame
 MELS = 40               # mel bands, 60 Hz to 7.6 kHz
@@ -37,13 +37,6 @@ class Fail(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- mask and log-mel
-def mouth_mask(size):
-    """(S, S) float in 0..1: 1 where the model must invent the picture. Soft over a 24th of the side, so that no edge shows."""
-    axis = (torch.arange(size) + .5) / size
-    ramp = lambda a, lo, hi: ((a - lo) * 24).clamp(0, 1) * ((hi - a) * 24).clamp(0, 1)                # noqa: E731
-    return ramp(axis, .54, .99)[:, None] * ramp(axis, .20, .80)[None, :]
-
-
 def mouth_psnr(video, truth):
     """PSNR in dB inside the mouth mask, a clip each. video, truth (B, T, S, S, 3) uint8 -> (B,)."""
     mask = mouth_mask(video.shape[2]).to(video.device)[:, :, None]
@@ -113,24 +106,37 @@ def mel_windows(mel, cfg, start=0, latents=None):
 
 
 # ---------------------------------------------------------------------------------------------------- training samples
+class Pairs(NamedTuple):
+    """Dubs to be made, and their answer: source, truth (n, T, S, S, 3) uint8; mel (n, 4 T, MELS) of the truth; mouth (n, T, 2), see Clip."""
+    source: torch.Tensor
+    truth: torch.Tensor
+    mel: torch.Tensor
+    mouth: torch.Tensor
+
+    @classmethod
+    def of(cls, pairs, device):
+        """From (source, truth) Clips."""
+        mels, mouths = [log_mel(truth.audio) for _, truth in pairs], [torch.from_numpy(truth.mouth) for _, truth in pairs]
+        return cls(*(torch.stack(x).to(device) for x in ([s.video for s, _ in pairs], [t.video for _, t in pairs], mels, mouths)))
+
+
 def held_out(n, size, split, device, latents=24):
-    """n dub pairs -> source and truth (n, T, S, S, 3) uint8, mel of the truth (n, 4 T, MELS)."""
-    pairs = [dub_pair(i, 4 * latents, size, split) for i in range(n)]
-    source, truth = (torch.stack([p[k].video for p in pairs]).to(device) for k in (0, 1))
-    return source, truth, torch.stack([log_mel(p[1].audio) for p in pairs]).to(device)
+    """Pairs of n people of `split`, who say other words."""
+    return Pairs.of([dub_pair(i, 4 * latents, size, split) for i in range(n)], device)
 
 
 class Bank:
-    """Clips to train on, in memory: video (n, T, S, S, 3) uint8, mel (n, 4 T, MELS) float32."""
+    """Clips to train on, in memory: video (n, T, S, S, 3) uint8, mel (n, 4 T, MELS) float32, mouth (n, T, 2): see Clip; NaN where
+    nobody drew it."""
 
     def __init__(self, size, frames, n, split="train", folder=""):
         """`n` drawn clips of `frames` frames, or (folder) up to n consecutive ones from real mp4s with sound, their centred square."""
         self.video = torch.empty(n, frames, size, size, 3, dtype=torch.uint8)
-        self.mel = torch.empty(n, 4 * frames, MELS)
+        self.mel, self.mouth = torch.empty(n, 4 * frames, MELS), torch.full((n, frames, 2), torch.nan)
         if not folder:
             for i in range(n):
                 clip = draw(SPLITS[split] + 2 * i, frames, size)
-                self.video[i], self.mel[i] = clip.video, log_mel(clip.audio)
+                self.video[i], self.mel[i], self.mouth[i] = clip.video, log_mel(clip.audio), torch.from_numpy(clip.mouth)
             return
         found, samples = 0, frames * RATE // FPS
         for path in sorted(Path(folder).glob("*.mp4")):
@@ -147,7 +153,7 @@ class Bank:
                 found += 1
         if not found:
             raise Fail(f"{folder}: no mp4 with {frames / FPS:.1f} s of picture and sound; put some there or drop --folder")
-        self.video, self.mel = self.video[:found], self.mel[:found]
+        self.video, self.mel, self.mouth = self.video[:found], self.mel[:found], self.mouth[:found]
 
 
 class Batch(NamedTuple):
@@ -167,7 +173,10 @@ class Samples:
 
     def __init__(self, bank, cfg, device, dtype=torch.float32):
         self.cfg, self.dtype, self.mel = cfg, dtype, bank.mel.to(device)
-        self.patches = torch.cat([patchify(v[None], cfg.patch) for v in bank.video]).to(device)   # uint8
+        first = patchify(bank.video[:1], cfg.patch)
+        self.patches = torch.empty(len(bank.video), *first.shape[1:], dtype=torch.uint8, device=device)
+        for i, video in enumerate(bank.video):
+            self.patches[i] = patchify(video[None], cfg.patch)[0]
         self.heard = mel_windows(self.mel, cfg)
         if self.patches.shape[1] < cfg.latents + 2 * cfg.chunk - 1:
             raise Fail(f"clips of {self.patches.shape[1]} latent frames leave no room for a reference outside {cfg.latents}; raise --clip_latents")

@@ -11,19 +11,19 @@ matching distillation with the sync window and the reward). Each saves to out/CO
 import copy
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 
 import data
 import model as nn_model
+import runtime
 import syncnet
 from data import Fail
-from model import SIZES, Cache, Cond, DiT, Progress, mean_over_ranks, mine, mixed, model_fields, noise_like, ranks, save_dit
+from model import SIZES, Cache, Cond, DiT, model_fields, save_dit
+from runtime import Log, Progress, mean_over_ranks, mine, mixed, noise_like, ranks
 from sample import SHIFT, TIMES, add_noise, clock, dub_student, dub_teacher, guided, null_audio, shift, side_by_side, stream, tau
 
 
@@ -48,7 +48,8 @@ class Config(nn_model.Config):
     # teacher
     teacher_steps: int = 3000
     teacher_batch: int = 16
-    teacher_lr: float = 1.5e-3
+    teacher_lr: float = 1.5e-3      # AdamW's
+    muon_lr: float = .02            # Muon's, for the matrices of the blocks
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
     audio_drop: float = .12         # clips told nothing, for guidance
@@ -58,6 +59,7 @@ class Config(nn_model.Config):
     init_steps: int = 150
     init_batch: int = 16
     landing: int = 30               # j of the student's second step (paper: 30)
+    student_steps: int = 2          # denoising calls a chunk (paper: 2); more of them divide the way to the landing
     student_ema: float = .95
     init_lr: float = 2e-4
     # dmd; paper: 600 student updates
@@ -78,55 +80,25 @@ class Config(nn_model.Config):
 
     @property
     def times(self):
-        return TIMES[0], tau(self.landing)
+        return (TIMES[0], *(tau(self.landing * i / (self.student_steps - 1)) for i in range(1, self.student_steps)))
 
 
-# What a result depends on: the fields of Config down to this one.
-DEPENDS = {"syncnet": "sync_batch", "judge": "sync_batch", "teacher": "teacher_ema", "init": "init_lr", "student": "raw_weights"}
+def down_to(last):
+    """The fields of Config down to `last`, less those that say where, not what."""
+    names = [f.name for f in dataclasses.fields(Config)]
+    return [n for n in names[: names.index(last) + 1] if n not in ("stage", "out", "device", "teacher", "eval_clips", "table_clips")]
+
+
+# The fields that a result depends on.
+EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch"
+DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": down_to("init_lr"), "student": down_to("raw_weights")}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
-    "small": dict(SIZES["small"]),
+    "small": dict(SIZES["small"], clips=2000, clip_latents=24, sync_steps=900, teacher_steps=13000, teacher_ema=.999),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------- logs
-class Log:
-    """One fixed-width line on the screen, one JSON object in log.jsonl, and curves.png."""
-
-    def __init__(self, folder, stage, steps, first=0):
-        self.path, self.folder, self.stage, self.steps, self.first, self.start = Path(folder) / "log.jsonl", folder, stage, steps, first, time.time()
-        if self.path.is_file() and not ranks()[0]:               # what an earlier run said of the steps to come is forgotten
-            rows = [line for line in open(self.path) if (r := json.loads(line))["stage"] != stage or r["step"] <= first]
-            self.path.write_text("".join(rows))
-
-    def __call__(self, step, **values):
-        if ranks()[0]:
-            return
-        spent = time.time() - self.start
-        left = spent / max(1, step - self.first) * (self.steps - step)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(dict(stage=self.stage, step=step, seconds=round(spent, 4), **{k: round(v, 5) for k, v in values.items()})) + "\n")
-        if not all(abs(v) < float("inf") for v in values.values()):
-            raise Fail(f"{self.stage} step {step}: a value is not finite ({values}); lower the learning rate. The last good checkpoint is kept.")
-        print(f"{self.stage:8} step {step:5d}/{self.steps} | " + " | ".join(f"{k} {v:8.4g}" for k, v in values.items())
-              + f" | {spent:5.0f} s, {left:5.0f} s left", flush=True)
-
-    def curves(self):
-        rows = [json.loads(line) for line in open(self.path)]
-        figure, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
-        for axis, key in zip(axes, ["loss", "critic_loss", "sync_c", "psnr"]):
-            for stage in dict.fromkeys(r["stage"] for r in rows):
-                points = [(r["step"] / max(q["step"] for q in rows if q["stage"] == stage), r[key]) for r in rows if r["stage"] == stage and key in r]
-                if points:
-                    axis.plot(*zip(*points), label=stage, marker="." if len(points) < 40 else None)
-            axis.set(title={"sync_c": "Sync-C (judge)", "psnr": "mouth PSNR (dB)"}.get(key, key.replace("_", " ")), xlabel="share of the stage")
-            if axis.lines:
-                axis.legend()
-        figure.savefig(Path(self.folder) / "curves.png", dpi=80)
-        plt.close(figure)
 
 
 @torch.no_grad()
@@ -153,8 +125,16 @@ def rate(step, steps):
     return min(1, step / (.05 * steps)) * (.55 + .45 * torch.tensor(step / steps * torch.pi).cos().item())
 
 
-def optimizer_step(optimizer, net, lr):
-    """Average the gradient over the processes, clip it at 1, step, clear. -> gradient norm. Fail, before any weight is touched: not finite."""
+def muon_and_adam(net, cfg):
+    """Muon (Jordan 2024: momentum, made orthogonal) for the matrices of the blocks, where it learns in half the time; AdamW for the rest."""
+    matrices = [p for block in net.blocks for name, p in block.named_parameters() if p.ndim == 2 and name != "modulation"]
+    others = [p for p in net.parameters() if not any(p is m for m in matrices)]
+    return (torch.optim.Muon(matrices, cfg.muon_lr, weight_decay=.01), torch.optim.AdamW(others, cfg.teacher_lr, betas=(.9, .98), weight_decay=.01, fused=True))
+
+
+def optimizer_step(net, rates):
+    """Average the gradient over the processes, clip it at 1, step each optimizer at its rate ({optimizer: rate}), clear. -> gradient norm.
+    Fail, before any weight is touched: not finite."""
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     if ranks()[1] > 1:
         together = mean_over_ranks(torch.cat([g.flatten() for g in grads]))
@@ -163,10 +143,11 @@ def optimizer_step(optimizer, net, lr):
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
     if not norm.isfinite():
         raise Fail("the gradient is not finite; go on from the last checkpoint by running the same again, with a lower learning rate if it comes back")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer, lr in rates.items():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    net.zero_grad()
     return norm.item()
 
 
@@ -178,13 +159,14 @@ def part_of(batch, cfg):
     return batch // cfg.accumulate
 
 
-def train_teacher(cfg, samples, judge, watch, device):
+def train_teacher(cfg, samples, reward, judge, watch, device):
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
     model = DiT(nn_model.Config(**model_fields(cfg))).to(device)
+    model.hear.load_state_dict(reward.sound.state_dict())        # as the paper starts from an encoder of speech, wav2vec 2.0
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.teacher_lr, betas=(.9, .98), weight_decay=.01, fused=True)
-    progress = Progress(cfg, "teacher", DEPENDS["teacher"], rng, model=model, average=average, optimizer=optimizer)
+    muon, adam = muon_and_adam(model, cfg)
+    progress = Progress(cfg, "teacher", DEPENDS["teacher"], rng, model=model, average=average, muon=muon, adam=adam)
     log, n = Log(cfg.out, "teacher", cfg.teacher_steps, progress.step), part_of(cfg.teacher_batch, cfg)
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         model.compile()
@@ -197,12 +179,12 @@ def train_teacher(cfg, samples, judge, watch, device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
                 loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip)
             (loss / cfg.accumulate).backward()
-        norm = optimizer_step(optimizer, model, cfg.teacher_lr * rate(step, cfg.teacher_steps))
+        pace = rate(step, cfg.teacher_steps)
+        norm = optimizer_step(model, {muon: pace * cfg.muon_lr, adam: pace * cfg.teacher_lr})
         ema(average, model, cfg.teacher_ema, step)
         if step % max(1, cfg.teacher_steps // 4) == 0 and not ranks()[0]:
-            source, truth, mel = watch
-            dub = dub_teacher(average, source, mel, steps=10, guidance=cfg.guidance, latents=cfg.latents)
-            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub, truth, mel, judge))
+            dub = dub_teacher(average, watch.source, watch.mel, steps=10, guidance=cfg.guidance, latents=cfg.latents)
+            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub, watch, judge))
             log.curves()
         elif step % max(1, cfg.teacher_steps // 40) == 0 or step == progress.step + 5:
             log(step, loss=loss.item(), norm=norm)
@@ -231,11 +213,10 @@ def train_init(cfg, teacher, samples, judge, watch, device):
                 x0_hat = model(add_noise(batch.x0, noise_like(batch.x0), t), t, cond, audio, causal=True)
                 loss = masked_mse(model, x0_hat.float(), batch.x0)
             (loss / cfg.accumulate).backward()
-        norm = optimizer_step(optimizer, model, cfg.init_lr * rate(step, cfg.init_steps))
+        norm = optimizer_step(model, {optimizer: cfg.init_lr * rate(step, cfg.init_steps)})
         ema(average, model, cfg.student_ema, step)
         if step % max(1, cfg.init_steps // 4) == 0 and not ranks()[0]:
-            source, truth, mel = watch
-            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
+            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub_student(average, watch.source, watch.mel, cfg.times), watch, judge))
             log.curves()
         progress.save(step)
     save_dit(f"{cfg.out}/init.pt", average, cfg, "init", cfg.init_steps)
@@ -248,7 +229,7 @@ def rollout(model, fast, cond, audio, call, times, with_grad, device):
     chunk. Only that call carries gradient; all others run on `fast`, the same weights cast once, as at inference. cond, audio: the
     whole clip's, with gradient."""
     L, chunk, outputs = cond.known.shape[1], model.cfg.chunk, []
-    cache = Cache(model, len(cond.known), nn_model.fast_dtype(device))
+    cache = Cache(model, len(cond.known), runtime.fast_dtype(device))
     for a in range(0, L, chunk):
         part, heard = Cond(*(c[:, a:a + chunk] for c in cond)), audio[:, a:a + chunk]
         still = Cond(*(c.detach() for c in part)), heard.detach()
@@ -321,7 +302,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
     student, average = student.train().requires_grad_(True), copy.deepcopy(student).requires_grad_(False)
     critic = copy.deepcopy(teacher).train().requires_grad_(True)
     # Without gradient, networks run on weights that are cast once instead of at every call.
-    fast, teacher = (copy.deepcopy(net).to(nn_model.fast_dtype(device)).eval().requires_grad_(False) for net in (student, teacher))
+    fast, teacher = (copy.deepcopy(net).to(runtime.fast_dtype(device)).eval().requires_grad_(False) for net in (student, teacher))
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0., .999), weight_decay=.01, fused=True)  # noqa: E731
     optimizer, critic_optimizer = adam(student, cfg.student_lr), adam(critic, cfg.critic_lr)
     iterations = cfg.dmd_steps * cfg.critic_updates
@@ -355,15 +336,15 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                 critic_loss = flow_loss(critic, X.detach(), cond, audio, t, cfg.weight_clip)
             (critic_loss / cfg.accumulate).backward()
         if moves:
-            values.update(loss=loss.item(), norm=optimizer_step(optimizer, student, cfg.student_lr), reward=c.mean().item(), weight=weight.mean().item())
+            values.update(loss=loss.item(), norm=optimizer_step(student, {optimizer: cfg.student_lr}), weight=(cfg.beta * c).exp().mean().item())
             ema(average, student, cfg.student_ema, i // cfg.critic_updates)
             refresh(fast, student)
-        optimizer_step(critic_optimizer, critic, cfg.critic_lr)
+        optimizer_step(critic, {critic_optimizer: cfg.critic_lr})
         values["critic_loss"] = critic_loss.item()
         step = i // cfg.critic_updates
         if moves and step % max(1, cfg.dmd_steps // 6) == 0 and not ranks()[0]:
-            source, truth, mel = watch
-            log(step, **values, **syncnet.judged(dub_student(average, source, mel, cfg.times), truth, mel, judge))
+            dub = dub_student(average, watch.source, watch.mel, cfg.times)
+            log(step, **values, **syncnet.judged(dub, watch, judge), reward_c=syncnet.score(reward, dub, watch.mel)[0].mean().item())
             log.curves()
         elif moves and step % max(1, cfg.dmd_steps // 30) == 0:
             log(step, **values)
@@ -375,18 +356,19 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
 # -------------------------------------------------------------------------------------------------------------- the job
 def closing_table(cfg, teacher, student, judge, device, spent):
     """Held-out dub pairs: teacher against student; then what each stage took."""
-    teacher, student = (copy.deepcopy(net).to(nn_model.fast_dtype(device)) for net in (teacher, student))      # as sample.py runs them
-    source, truth, mel = data.held_out(cfg.table_clips, cfg.size, "held-out", device, 8 * cfg.chunk)
+    teacher, student = (copy.deepcopy(net).to(runtime.fast_dtype(device)) for net in (teacher, student))      # as sample.py runs them
+    pairs = data.held_out(cfg.table_clips, cfg.size, "held-out", device, 8 * cfg.chunk)
+    source, truth, mel, _ = pairs
     one, audio, T = source[0], data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
-    rows = [("truth", syncnet.judged(truth, truth, mel, judge), None)]
+    rows = [("truth", syncnet.judged(truth, pairs, judge), None)]
     for name, scale in (("teacher, 50 steps, unguided", 1.), (f"teacher, 50 steps, guidance {cfg.guidance:g}", cfg.guidance)):
         dub = dub_teacher(teacher, source, mel, guidance=scale, latents=cfg.latents)
         speed = clock((dub_teacher(teacher, one[None, :T], data.log_mel(audio[:T * 640])[None].to(device), guidance=scale, latents=cfg.latents)[0]
                        for _ in "1"), device)
-        rows.append((name, syncnet.judged(dub, truth, mel, judge), speed))
+        rows.append((name, syncnet.judged(dub, pairs, judge), speed))
     list(stream(student, one[:24], audio, cfg.times))                                                # warm up
     speed = clock(stream(student, one, audio, cfg.times), device)
-    rows.append(("student, 2 steps a chunk", syncnet.judged(dub_student(student, source, mel, cfg.times), truth, mel, judge), speed))
+    rows.append((f"student, {len(cfg.times)} steps a chunk", syncnet.judged(dub_student(student, source, mel, cfg.times), pairs, judge), speed))
     print(f"\n{cfg.table_clips} held-out people dubbed to other words, {len(one) / data.FPS:.2f} s each, judged by an expert that trained on other people\n"
           f"{'':30} {'Sync-C':>7} {'Sync-D':>7} {'PSNR dB':>8} {'FPS':>7} {'TTFF ms':>8}")
     for name, q, speed in rows:
@@ -403,8 +385,8 @@ def locate(name, cfg):
         data.need_file(cfg.teacher)
         return Path(cfg.teacher)
     if here.is_file():
-        was = nn_model.load(here, "syncnet" if name in ("syncnet", "judge") else "dit")["made_with"]
-        nn_model.check_same(here, was, cfg, DEPENDS[name])
+        was = runtime.load(here, "syncnet" if name in ("syncnet", "judge") else "dit")["made_with"]
+        runtime.check_same(here, was, cfg, DEPENDS[name])
         before = Path(cfg.out) / {"init": "teacher.pt", "student": "init.pt"}.get(name, "")
         if name in ("init", "student") and (was["teacher"] != cfg.teacher or before.is_file() and before.stat().st_mtime > here.stat().st_mtime):
             raise Fail(f"{here} was distilled from another teacher; delete it, or choose another --out")
@@ -434,15 +416,15 @@ def set_up(cfg):
         raise Fail(f"--latents {cfg.latents} must be a multiple of --chunk {cfg.chunk}, and --landing {cfg.landing} lie in 1..49")
     cfg.out = cfg.out or f"out/{cfg.config}"
     data.free_space(cfg.out, 500 << 20)
-    nn_model.keep_memory()
-    nn_model.join_others(cfg.device)
-    return nn_model.find_device(cfg.device)
+    runtime.keep_memory()
+    runtime.join_others(cfg.device)
+    return runtime.find_device(cfg.device)
 
 
 def main(argv):
     cfg = data.options(Config, argv, __doc__, {name: dict(fields, config=name) for name, fields in PRESETS.items()})
     device = set_up(cfg)
-    spent, dtype = {"data": 0.}, nn_model.fast_dtype(device)
+    spent, dtype = {"data": 0.}, runtime.fast_dtype(device)
     print(f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}; results in {cfg.out}/", flush=True)
     if locate("teacher", cfg) is None and cfg.stage != "teacher":
         print(f"no teacher in weights/{cfg.config}/ and none named by --teacher: one is trained first; each line below says how long is left")
@@ -462,11 +444,11 @@ def main(argv):
     def stage(name, train):
         """train(path) unless its result is there -> the path of the result."""
         path = locate(name, cfg)
-        nn_model.wait()
+        runtime.wait()
         if path is None:
             path, begun, drawing = f"{cfg.out}/{name}.pt", time.time(), spent["data"]
             train(path)
-            nn_model.wait()
+            runtime.wait()
             spent[name] = time.time() - begun - spent["data"] + drawing
         else:
             print(f"{name}: {path}", flush=True)
@@ -483,7 +465,7 @@ def main(argv):
     bank.cache_clear()
     reward = expert("syncnet", "train", cfg.seed + 10)
     watch = data.held_out(cfg.eval_clips, cfg.size, "watch", device, 8 * cfg.chunk)
-    teacher = network("teacher", lambda: train_teacher(cfg, samples(), judge, watch, device))
+    teacher = network("teacher", lambda: train_teacher(cfg, samples(), reward, judge, watch, device))
     if cfg.stage != "teacher":
         init = network("init", lambda: train_init(cfg, teacher, samples(), judge, watch, device))
     if cfg.stage in ("all", "dmd"):

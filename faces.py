@@ -48,6 +48,7 @@ PHONES = {
     " ": (500, 1500, 2500, .00,     0, 0.00, .300, .00, .50, .05, .00, .00, 1.5),
 }
 VOWELS, CONSONANTS = "aeiou@", "mbpfvszStdnlkgwr"
+ZOOM, LIFT = 1.2, .15   # the camera is this near and looks this far down (in halves of the picture): the mouth gets the pixels
 LIPS = 5                # opening, width, rounding, teeth, tongue: columns of the lip track
 
 
@@ -65,7 +66,7 @@ def wander(rng, t, slowest, fastest):
     return np.sin(2 * np.pi * freq * t[:, None] + phase).sum(1) / np.sqrt(2)
 
 
-def speak(voice_seed, text_seed, seconds):
+def speak(voice_seed, text_seed, seconds, speed=1.):
     """Random syllables by source-filter synthesis.
 
     Returns audio (seconds * RATE) float32 in [-1, 1] and lips (seconds * SPEECH_FPS, 5) float64, each about 0..1. Lips
@@ -75,7 +76,7 @@ def speak(voice_seed, text_seed, seconds):
     voice, text = np.random.default_rng([voice_seed, 1]), np.random.default_rng([text_seed, 2])
     pitch = voice.uniform(85, 240)
     tract = 0.88 + 0.27 * (pitch - 85) / 155 + voice.normal(0, .03)  # a short vocal tract goes with a high voice
-    tempo, tilt, breath = voice.uniform(.8, 1.25), voice.uniform(.7, 1.3), voice.uniform(.005, .03)
+    tempo, tilt, breath = speed * voice.uniform(.8, 1.25), voice.uniform(.7, 1.3), voice.uniform(.005, .03)
 
     phones, total = [" "] if text.random() < .5 else [], 0.
     durations = [text.uniform(.05, .4)] * len(phones)
@@ -115,7 +116,7 @@ def speak(voice_seed, text_seed, seconds):
 
     # A microphone: level, background noise, tone. The words' seed decides, so one voice is recorded in many ways.
     audio = audio / (audio.std() + 1e-6) * .08 * 10 ** (text.uniform(-6, 6) / 20)
-    audio = audio + text.standard_normal(samples) * .08 * 10 ** (-text.uniform(18, 45) / 20)
+    audio = audio + text.standard_normal(samples) * .08 * 10 ** (-text.uniform(8, 40) / 20)
     audio = audio + text.uniform(-.4, .4) * np.append(0, audio[:-1])
     return np.clip(audio, -1, 1).astype(np.float32), lips
 
@@ -148,6 +149,14 @@ def person(seed):
         strength=u(.65, 1.25), tilt=rng.normal(0, .05), smile=rng.normal(.01, .025), show=u(.5, 1.3))
 
 
+def mouth_mask(size):
+    """(S, S) float in 0..1: 1 where the model must invent the picture. Soft over a 24th of the side, so that no edge shows. What the
+    sound decides is drawn inside it only."""
+    axis = (torch.arange(size) + .5) / size
+    ramp = lambda a, lo, hi: ((a - lo) * 24).clamp(0, 1) * ((hi - a) * 24).clamp(0, 1)                # noqa: E731
+    return ramp(axis, .53, .99)[:, None] * ramp(axis, .15, .85)[None, :]
+
+
 def coverage(distance, k):
     """Anti-aliased inside-ness in 0..1 of a signed distance (negative inside) at k pixels a unit."""
     return (.5 - distance * k).clamp_(0, 1)
@@ -163,27 +172,27 @@ def band(y, top, bottom, k):
     return ((y - top) * k + .5).clamp(0, 1) * ((bottom - y) * k + .5).clamp(0, 1)
 
 
-def draw(seed, frames, size, text=None, voice=None, detail=None):
+def draw(seed, frames, size, text=None, voice=None, detail=None, speed=1.):
     """Draw a Clip of `frames` frames, size x size pixels. `seed` decides the person, pose and blinks; `text` and
     `voice` the sound and hence the lips (default: seed); `detail` what the sound does not decide, such as how much of the
-    teeth shows (default: text). `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)` to other words."""
+    teeth shows (default: text); `speed` how fast it is said. `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)` to other words."""
     text = seed if text is None else text
     p, rng = person(seed), np.random.default_rng([seed, 4])
     fine = np.random.default_rng([text if detail is None else detail, 5])
-    audio, lips = speak(seed if voice is None else voice, text, frames / FPS)
+    audio, lips = speak(seed if voice is None else voice, text, frames / FPS, speed)
     t = np.arange(frames) / FPS
     lips = lips[(t * SPEECH_FPS).astype(int) + SPEECH_FPS // (2 * FPS)]                              # (T, 5)
 
     column = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32).reshape(-1, 1, 1)         # noqa: E731
     colour = lambda c: torch.tensor(np.clip(c, 0, 1), dtype=torch.float32).reshape(3, 1, 1, 1)       # noqa: E731
-    k, axis = size / 2, (torch.arange(size) + .5) / size * 2 - 1
-    img = torch.empty(3, frames, size, size)
+    k, axis = size / 2 * ZOOM, (torch.arange(size) + .5) / size * 2 - 1
+    img, inside = torch.empty(3, frames, size, size), (mouth_mask(size) > 0).float()
 
     def paint(alpha, c, rows=slice(None)):
         img[:, :, rows] = torch.lerp(img[:, :, rows], c if torch.is_tensor(c) else colour(c), alpha[None])
 
     # Background and head pose. Everything on the head is drawn in its own coordinates x, y; u is x turned by the yaw.
-    px, py = axis.expand(size, size)[None], axis[:, None].expand(size, size)[None]
+    px, py = axis.expand(size, size)[None] / ZOOM, axis[:, None].expand(size, size)[None] / ZOOM + LIFT
     img[:] = torch.lerp(colour(p["back"][0]), colour(p["back"][1]), ((py + .6 * px) * .35 + .5).clamp(0, 1)[None])
     roll, scale = column(.05 * wander(rng, t, .05, .6)), column(1 + .02 * wander(rng, t, .05, .4))
     dx, dy = px - column(.03 * wander(rng, t, .05, .7)), py - column(.025 * wander(rng, t, .05, .8))
@@ -191,8 +200,8 @@ def draw(seed, frames, size, text=None, voice=None, detail=None):
     yaw, pitch = column(.05 * wander(rng, t, .05, .5)), column(.02 * wander(rng, t, .05, .6))
     u, v = x - yaw, y - pitch
     opening = column(lips[:, 0] * p["strength"])
-    # The jaw: below the nose the face is stretched down as the mouth opens. Only inside the mouth mask, or it would tell.
-    yj = y - .08 * opening * ((y - .2) * 1.6).clamp(0, 1) * (1 - (u / .44) ** 2).clamp(min=0)
+    # The jaw: below the nose the face is stretched down as the mouth opens.
+    yj = y - .08 * inside * opening * ((y - .2) * 1.6).clamp(0, 1) * (1 - (u / .44) ** 2).clamp(min=0)
 
     if p["long"]:
         paint(coverage(ellipse(x, y, 0, .15, p["width"] + .13, 1.15), k), p["hair"])
@@ -218,16 +227,17 @@ def draw(seed, frames, size, text=None, voice=None, detail=None):
     paint(alpha * fringe, colour(p["hair"]) * (1 + .08 * texture)[None])
 
     blink = np.zeros(frames)
-    for start in np.cumsum(rng.uniform(1., 4., 8)) - rng.uniform(0, 2):
+    for start in np.cumsum(rng.uniform(1., 4., max(8, frames // 25))) - rng.uniform(0, 2):
         blink = np.maximum(blink, np.exp(-((t - start) / .06) ** 2))
-    gaze, top = column(.025 * np.round(wander(rng, t, .1, .5))), slice(0, int(size * .72))
+    gaze, top = column(.025 * np.round(wander(rng, t, .1, .5))), slice(0, int(size * .66))
     draw_eyes(paint, top, u[:, top], v[:, top], shade[:, top], k, p, column, colour, blink, gaze, yaw)
 
     low = slice(int(size * .5), size)
-    width = draw_mouth(paint, low, u[:, low], v[:, low], shade[:, low], k, p, column, colour, lips, fine, t)
+    within = lambda alpha, c, rows: paint(alpha * inside[rows], c, rows)                             # noqa: E731
+    width = draw_mouth(within, low, u[:, low], v[:, low], shade[:, low], k, p, column, colour, lips, fine, t)
     video = (img * 255).add_(.5).clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
     mouth = np.stack([.155 * lips[:, 0] * p["strength"], width.flatten().numpy()], 1).astype(np.float32)
-    return Clip(video, audio, mouth * scale.flatten().numpy()[:, None])
+    return Clip(video, audio, mouth * ZOOM * scale.flatten().numpy()[:, None])
 
 
 def draw_eyes(paint, rows, u, v, shade, k, p, column, colour, blink, gaze, yaw):
@@ -235,7 +245,7 @@ def draw_eyes(paint, rows, u, v, shade, k, p, column, colour, blink, gaze, yaw):
     for side in (-1, 1):
         ex, ey, r = side * p["eye_x"], p["eye_y"], p["eye_r"]
         lid = column(r * .62 * (1 - .92 * blink))
-        eye = coverage((((u - ex) / r) ** 2 + ((v - ey) / lid) ** 2).sqrt().sub(1) * lid, k)
+        eye = coverage((((u - ex) / r) ** 2 + ((v - ey) / lid) ** 2).sqrt().sub(1) * lid, k) * coverage((u - ex).abs() - r, k)
         paint(coverage(ellipse(u, v, ex, ey, r * 1.25, r * .95), k / 2) * .25, colour(p["skin"] * .6) * shade[None], rows)
         paint(eye, np.array([.93, .93, .92]), rows)
         paint(eye * coverage(ellipse(u, v, ex + gaze, ey, r * .48, r * .48), k), p["eye"], rows)
@@ -244,10 +254,10 @@ def draw_eyes(paint, rows, u, v, shade, k, p, column, colour, blink, gaze, yaw):
               * coverage((u - ex).abs() - r * 1.4, k), p["hair"] * .7, rows)
         if p["glasses"]:
             paint(coverage(ellipse(u, v, ex, ey, r * 1.75, r * 1.5).abs() - .014, k), np.full(3, .08), rows)
-    nose = torch.exp(-((u - .6 * yaw) / .05) ** 2) * (.10 + p["gloss"]) * ((v + .3) * 3).clamp(0, 1) * ((.2 - v) * 8).clamp(0, 1)
+    nose = torch.exp(-((u - .6 * yaw) / .05) ** 2) * (.10 + p["gloss"]) * ((v + .3) * 3).clamp(0, 1) * ((.13 - v) * 8).clamp(0, 1)
     paint(nose, np.ones(3), rows)
     for side in (-1, 1):
-        paint(coverage(ellipse(u, v, side * p["nose"] * .6, .19, p["nose"] * .42, .028), k) * .55, p["skin"] * .35, rows)
+        paint(coverage(ellipse(u, v, side * p["nose"] * .6, .12, p["nose"] * .42, .028), k) * .55, p["skin"] * .35, rows)
 
 
 def draw_mouth(paint, rows, u, v, shade, k, p, column, colour, lips, fine, t):

@@ -11,22 +11,18 @@ The mouth mask lies in the lower half of the square, so only the lower half is c
 it (for the pose); a reference, the same person at another moment, in both places. The output is composited with the source
 outside the mask, where the answer is known.
 """
-import ctypes
 import dataclasses
-import os
-import sys
-import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import data
 from data import MELS, Fail, patchify
+from runtime import half, load, ranks, save
 
+SEEN, HEARD = 128, 128          # values that a patch of the conditions, and a video frame's sound, are reduced to
 MAX_LATENTS = 256               # RoPE table; streaming uses the first window + sink of it, however long the video
 
 
@@ -35,7 +31,7 @@ class Config:
     size: int = 64              # pixels, the model's square (paper: 512)
     patch: int = 16             # pixels, a token's square
     width: int = 256            # D
-    depth: int = 8              # blocks
+    depth: int = 4              # blocks
     heads: int = 4              # h
     chunk: int = 3              # latent frames generated at a time (paper: 3)
     sink: int = 1               # first latent frames that are always attended to (paper: 1)
@@ -47,7 +43,7 @@ class Config:
 
 SIZES = {
     "tiny": dict(size=32, patch=8, width=96, depth=4, heads=3),
-    "small": dict(size=64, patch=16, width=256, depth=8, heads=4),
+    "small": dict(size=64, patch=16, width=256, depth=4, heads=4),
     "base": dict(size=128, patch=16, width=384, depth=12, heads=6),
 }
 
@@ -65,12 +61,12 @@ def visible(c, cfg):
     return sorted({*range(min(cfg.sink, end)), *range(max(0, end - cfg.window), end)})
 
 
-def rope_table(cfg):
-    """(MAX_LATENTS, N, 2, head / 2) cosines and sines; half of a head turns with the latent frame, a quarter each with row and column."""
+def rope_table(cfg, latents=MAX_LATENTS):
+    """(latents, N, 2, head / 2) cosines and sines; half of a head turns with the latent frame, a quarter each with row and column."""
     n, head = cfg.size // cfg.patch, cfg.width // cfg.heads
     turns = lambda positions, pairs: positions[:, None] * 100. ** -(torch.arange(pairs) / pairs)      # noqa: E731
-    time, space = turns(torch.arange(float(MAX_LATENTS)), head // 4), turns(torch.arange(float(n)), head // 8)
-    shape = MAX_LATENTS, n // 2, n, -1
+    time, space = turns(torch.arange(float(latents)), head // 4), turns(torch.arange(float(n)), head // 8)
+    shape = latents, n // 2, n, -1
     angle = torch.cat([time[:, None, None].expand(shape), space[: n // 2, None].expand(shape), space.expand(shape)], -1).flatten(1, 2)
     return torch.stack([angle.cos(), angle.sin()], 2)
 
@@ -113,51 +109,59 @@ def attend_chunks(q, k, v, rope, cfg):
 class Cache:
     """Keys (before RoPE) and values of what the next chunk sees of the past, per block. Fixed memory: sink + window - chunk latent
     frames, however long the video. A pass at t = 0 writes a finished chunk (`write=True`); the chunk after it may come along in
-    the same pass, and sees what was just written. Other passes only read."""
+    the same pass, and sees what was just written. Other passes only read.
+
+    A pass reads two numbers of this object, `past` and `runs`. Once the window is full they stay as they are, so that every chunk
+    runs the same compiled graph, or CUDA graph, at the same addresses."""
 
     def __init__(self, model, batch, dtype=None):
         cfg, parameter = model.cfg, model.head.weight
         n = tokens(cfg)
         shape = (cfg.depth, 2, batch, cfg.heads, (cfg.sink + cfg.window - cfg.chunk) * n, cfg.width // cfg.heads)
         self.cfg, self.kv = cfg, torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device)
-        self.chunks, self.frames = 0, []         # chunks written; the latent frames held, in order
+        if parameter.is_cuda:
+            torch._dynamo.mark_static_address(self.kv)           # or a CUDA graph would not write into it
+        self.chunks, self.frames = -1, []        # chunks written; the latent frames held, in order
+        self.advance()
 
     def attend(self, i, q, k, v, rope, write):
         """Block i's attention over the cached and the new keys; with `write`, keep what the next chunk will see of the first new one."""
-        N, last = rope.shape[1], i == self.cfg.depth - 1
-        size = self.cfg.chunk * N
-        frames, outputs = self.frames, []
+        N, past = rope.shape[1], self.past
+        size, outputs = self.cfg.chunk * N, []
         for c, (q_c, k_c, v_c) in enumerate(zip(q.split(size, 2), k.split(size, 2), v.split(size, 2))):
-            past = len(frames) * N
-            k_c = torch.cat([self.kv[i, 0, :, :, :past].to(k.dtype), k_c], 2)
-            v_c = torch.cat([self.kv[i, 1, :, :, :past].to(v.dtype), v_c], 2)
-            table = rope[: k_c.shape[2] // N]
-            if write and last and c == 0:
+            k_c = torch.cat([self.kv[i, 0, :, :, :past * N].to(k.dtype), k_c], 2)
+            v_c = torch.cat([self.kv[i, 1, :, :, :past * N].to(v.dtype), v_c], 2)
+            table = self.table(rope, k_c.shape[2] // N, c)
+            if write and c == 0 and i == self.cfg.depth - 1:
                 outputs.append(q_c)              # the last block's output for a finished chunk is not used: anything will do
             else:
                 outputs.append(dense(rotate(q_c, table[-(q_c.shape[2] // N):]), rotate(k_c, table), v_c))
             if write and c == 0:
-                frames, runs = self.kept()
-                at = 0
-                for a, b in runs:                # places in the keys just attended to
-                    n = (b - a) * N
-                    self.kv[i, 0, :, :, at:at + n] = k_c[:, :, a * N:b * N].detach()
-                    self.kv[i, 1, :, :, at:at + n] = v_c[:, :, a * N:b * N].detach()
-                    at += n
-        if write and last:
-            self.frames, self.chunks = frames, self.chunks + 1
+                past = 0
+                for a, b in self.runs:           # places in the keys just attended to
+                    self.kv[i, 0, :, :, past * N:(past + b - a) * N] = k_c[:, :, a * N:b * N].detach()
+                    self.kv[i, 1, :, :, past * N:(past + b - a) * N] = v_c[:, :, a * N:b * N].detach()
+                    past += b - a
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
-    def kept(self):
-        """What the chunk after this one sees of the past -> its latent frames, and the runs (first, end) of their places among the
-        frames held now and this chunk's."""
-        end = (self.chunks + 1) * self.cfg.chunk
-        frames = [f for f in visible(self.chunks + 1, self.cfg) if f < end]
-        held = self.frames + list(range(end - self.cfg.chunk, end))
-        places, runs = [held.index(f) for f in frames], []
-        for p in places:
-            runs = runs[:-1] + [(runs[-1][0], p + 1)] if runs and runs[-1][1] == p else runs + [(p, p + 1)]
-        return frames, runs
+    def table(self, rope, n, c):
+        """RoPE of the n latent frames that this pass's c-th chunk attends to: their places in the window."""
+        return rope[:n]
+
+    @torch.compiler.disable
+    def advance(self):
+        """A chunk has been written. past: how many latent frames are held; runs: of them and the chunk to be written next, the places
+        (first, end) of what is kept then."""
+        cfg, self.chunks = self.cfg, self.chunks + 1
+        seen = lambda c: [f for f in visible(c, cfg) if f < c * cfg.chunk]   # noqa: E731  of the past, by chunk c
+        self.frames = seen(self.chunks)
+        held = self.frames + list(range(self.chunks * cfg.chunk, (self.chunks + 1) * cfg.chunk))
+        self.past, self.runs = len(self.frames), []
+        for p in (held.index(f) for f in seen(self.chunks + 1)):
+            if self.runs and self.runs[-1][1] == p:
+                self.runs[-1] = self.runs[-1][0], p + 1
+            else:
+                self.runs.append((p, p + 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- the DiT
@@ -231,21 +235,31 @@ class OverlapAdd(torch.autograd.Function):
         return out, None, None
 
 
+def sound_tower(channels):
+    """Log-mel (B, MELS, M) -> (B, channels, (M - 20) // 4 + 1): each output sees 20 mel frames, and the next one starts 4 later, a video frame.
+    The lip-sync expert and the DiT hear through the same one, so that the second can start from what the first has learned."""
+    return nn.Sequential(nn.Conv1d(MELS, channels, 5), nn.SiLU(), nn.Conv1d(channels, channels, 4, 4), nn.SiLU(),
+                         nn.Conv1d(channels, channels, 4), nn.SiLU())
+
+
 class DiT(nn.Module):
     """x0 = DiT(x_t, t, cond, audio). Condition and audio are embedded once (`embed_cond`, `embed_audio`) for any number of steps."""
 
     def __init__(self, cfg):
         super().__init__()
         D, p = cfg.width, cfg.patch
-        if cfg.size % (2 * p) or p % 4 or D % cfg.heads or (D // cfg.heads) % 8 or cfg.window < cfg.chunk:
-            raise Fail(f"model: size {cfg.size} must be a multiple of twice patch {p}, patch of 4, width {D} of 8 x heads {cfg.heads}; window at least chunk")
+        if cfg.size % (2 * p) or p % 4 or D % cfg.heads or (D // cfg.heads) % 8 or cfg.window < cfg.chunk or cfg.audio_back + cfg.audio_ahead < 4:
+            raise Fail(f"model: size {cfg.size} must be a multiple of twice patch {p}, patch of 4, width {D} of 8 x heads {cfg.heads}; window at least chunk; "
+                       "audio_back + audio_ahead at least 4")
         self.cfg, self.n, self.m = cfg, cfg.size // p, p // 4
         self.times = None                                        # a student's denoising times, if not the usual ones
-        self.from_noisy, self.from_source, self.from_reference = nn.Linear(12 * p * p, D), nn.Linear(24 * p * p, D), nn.Linear(24 * p * p, D)
+        # Conditions go through a bottleneck that all of their patches share: two thirds of the input layers' parameters saved.
+        self.from_noisy, self.see = nn.Linear(12 * p * p, D), nn.Linear(12 * p * p, SEEN)
+        self.from_source, self.from_reference = nn.Linear(2 * SEEN, D), nn.Linear(2 * SEEN, D)
         self.place = nn.Parameter(torch.randn(tokens(cfg), D) * .02)
-        self.time = nn.Sequential(nn.Linear(128, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 8 * D))
-        self.hear = nn.ModuleList([nn.Conv1d(MELS, 96, 3, 2, 1), nn.Conv1d(96, 96, 3, 2, 1)])
-        self.hear_out = nn.Linear(96 * ((cfg.audio_back + 16 + cfg.audio_ahead + 3) // 4), D)
+        self.time = nn.Sequential(nn.Linear(128, D), nn.SiLU(), nn.Linear(D, 128), nn.SiLU(), nn.Linear(128, 8 * D))
+        self.hear = sound_tower(HEARD)
+        self.hear_out = nn.Linear(HEARD * ((cfg.audio_back + 16 + cfg.audio_ahead - 20) // 4 + 1), D)
         self.null_audio = nn.Parameter(torch.zeros(D))           # what the network hears when it is told nothing
         self.audio_to_blocks = nn.Linear(D, cfg.depth * D)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.depth)])
@@ -262,8 +276,9 @@ class DiT(nn.Module):
         """source, reference (B, L, N, 2 P) in [-1, 1], see patchify; what the source shows under the mask is not read."""
         P, dtype = self.mask.shape[1], self.dtype(source)
         known = source[..., P:] * (1 - self.mask).to(source.dtype)
-        around = torch.cat([source[..., :P], known], -1)
-        return Cond(known, self.from_source(around.to(dtype)) + self.from_reference(reference.to(dtype)) + self.place)
+        see = lambda above, own: torch.cat([self.see(above.to(dtype)), self.see(own.to(dtype))], -1)         # noqa: E731
+        source, reference = see(source[..., :P], known), see(reference[..., :P], reference[..., P:])
+        return Cond(known, self.from_source(source) + self.from_reference(reference) + self.place)
 
     def dtype(self, x):
         """What the first layer of x wants: its weights' type, or (autocast) x as it is."""
@@ -278,9 +293,7 @@ class DiT(nn.Module):
     def embed_audio(self, windows, drop=None):
         """windows (B, L, back + 16 + ahead, MELS) -> (B, L, depth, D); drop (B,) bool: told nothing (guidance's null)."""
         B, L, W, M = windows.shape
-        y = windows.reshape(B * L, W, M).transpose(1, 2).to(self.dtype(windows))
-        for conv in self.hear:
-            y = F.silu(conv(y))
+        y = self.hear(windows.reshape(B * L, W, M).transpose(1, 2).to(self.dtype(windows)))           # BL HEARD 7
         y = self.hear_out(y.flatten(1)).view(B, L, -1)
         if drop is not None:
             y = torch.where(drop.view(B, 1, 1), self.null_audio.to(y.dtype), y)
@@ -304,6 +317,7 @@ class DiT(nn.Module):
                 attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
         if write:
+            cache.advance()
             k = self.cfg.chunk
             if L == k:
                 return None
@@ -314,111 +328,7 @@ class DiT(nn.Module):
         return cond.known + self.mask * x.view(B, L, N, -1)
 
 
-# ------------------------------------------------------------------------------------------------- one process or several
-def ranks():
-    """(this process's number, how many there are): torchrun starts several, else (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join_others(device=""):
-    """If torchrun started several processes: meet them, each with a GPU of its own unless `device` says cpu. Only the first one speaks."""
-    if "LOCAL_RANK" in os.environ:
-        gpu = torch.cuda.is_available() and device != "cpu"
-        dist.init_process_group("nccl" if gpu else "gloo")
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if ranks()[0]:
-            sys.stdout = open(os.devnull, "w")
-
-
-def wait():
-    """Until all processes are here."""
-    if ranks()[1] > 1:
-        dist.barrier()
-
-
-def mine(x):
-    """This process's share of a batch. All draw the whole from the same seed, so that any number of them takes the same step."""
-    rank, world = ranks()
-    return x[rank::world]
-
-
-def noise_like(x):
-    """Gaussian noise like x (B, ...), which is a share of a batch: likewise a share."""
-    return mine(torch.randn(len(x) * ranks()[1], *x.shape[1:], device=x.device))
-
-
-def mean_over_ranks(x):
-    """The mean of a tensor over the processes, in place."""
-    if ranks()[1] > 1:
-        dist.all_reduce(x)
-        x /= ranks()[1]
-    return x
-
-
-# -------------------------------------------------------------------------------------------------- devices, checkpoints
-def find_device(name=""):
-    """The named device, or the best there is."""
-    if name:
-        try:
-            return torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError) as e:
-            raise Fail(f"--device {name}: {str(e).splitlines()[0]}") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def fast_dtype(device):
-    """What the hardware multiplies fastest: bf16 on any recent GPU and on CPUs with AVX-512 BF16 or AMX, else float32."""
-    if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_tile") else torch.float32
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-
-
-def mixed(device):
-    """Autocast to fast_dtype, where that is not float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
-
-
-def keep_memory():
-    """Let glibc keep freed memory. By default every large tensor is mapped anew and its pages are faulted in one by one: a
-    quarter of a training step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):       # M_MMAP_MAX, M_TRIM_THRESHOLD
-            libc.mallopt(option, value)
-
-
-def save(path, **state):
-    """torch.save under another name, then rename: never half a checkpoint."""
-    data.free_space(os.path.dirname(path) or ".", 64 << 20)
-    partial = f"{path}.writing"
-    try:
-        torch.save(state, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:
-        raise Fail(f"{path}: could not be saved ({str(e).splitlines()[0]}); make room or choose another --out") from None
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
-
-
-def load(path, kind):
-    """A checkpoint of this project -> dict. Fail: missing, broken, or of another kind."""
-    data.need_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["kind"]
-    except Exception as e:  # torch.load raises anything from KeyError to UnpicklingError on a file that is none of ours
-        what = "delete it and run again" if kind == "resume" else "make one with distill.py"
-        raise Fail(f"{path}: not a checkpoint of this project ({type(e).__name__}); {what}") from None
-    if found != kind:
-        raise Fail(f"{path}: a {found} checkpoint where a {kind} is needed")
-    return state
-
-
+# --------------------------------------------------------------------------------------------------------- checkpoints
 def load_dit(path, device="cpu", dtype=torch.float32):
     """-> DiT in evaluation mode, from a teacher or student checkpoint. With fast_dtype its weights are cast once, not once a pass."""
     state = load(path, "dit")
@@ -426,45 +336,6 @@ def load_dit(path, device="cpu", dtype=torch.float32):
     model.load_state_dict({k: v.float() for k, v in state["model"].items()})
     model.times = tuple(state.get("times", ())) or None
     return model.to(device, dtype).eval()
-
-
-class Progress:
-    """What a stage needs to go on where it was stopped: networks, optimizers, step, random states. It depends on the fields of cfg
-    down to `last`."""
-
-    def __init__(self, cfg, stage, last, rng, **parts):
-        self.path, self.rng, self.parts, self.cfg = Path(cfg.out) / f"{stage}.resume.pt", rng, parts, cfg
-        self.saved, self.step = time.time(), 0
-        if self.path.is_file():
-            state = load(self.path, "resume")
-            check_same(self.path, state["made_with"], cfg, last)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            rng.set_state(state["rng"])
-            torch.set_rng_state(state["torch_rng"][0])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["torch_rng"][1:])
-            self.step = state["step"]
-            print(f"{stage}: going on after step {self.step}")
-
-    def save(self, step):
-        if time.time() - self.saved > self.cfg.save_seconds and not ranks()[0]:
-            states = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-            save(self.path, kind="resume", step=step, made_with=dataclasses.asdict(self.cfg), rng=self.rng.get_state(), torch_rng=states,
-                 **{name: part.state_dict() for name, part in self.parts.items()})
-            self.saved = time.time()
-
-    def done(self):
-        if not ranks()[0]:
-            self.path.unlink(missing_ok=True)
-
-
-def check_same(path, was, cfg, last):
-    """Fail if what is in `path` was made with other settings: a field of cfg down to `last`, less those that say where, not what."""
-    names = [f.name for f in dataclasses.fields(cfg)]
-    for f in names[: names.index(last) + 1]:
-        if f not in ("stage", "out", "device", "teacher", "eval_clips", "table_clips") and was.get(f) != getattr(cfg, f):
-            raise Fail(f"{path} was made with --{f} {was.get(f)}, not {getattr(cfg, f)}; delete it, or choose another --out")
 
 
 def model_fields(cfg):
@@ -475,7 +346,7 @@ def model_fields(cfg):
 def save_dit(path, net, cfg, stage, step):
     if not ranks()[0]:
         save(path, kind="dit", stage=stage, step=step, model_config=model_fields(cfg), made_with=dataclasses.asdict(cfg), times=list(cfg.times),
-             model=net.state_dict())
+             model=half(net))
 
 
 def main(argv):

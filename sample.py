@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 
 import data
-import model as nn_model
+import runtime
 import syncnet
 from data import FPS, RATE, Fail, mel_windows, patchify, picture, to_float, to_uint8
-from model import Cache, Cond, load_dit, mixed
+from model import Cache, Cond, load_dit
+from runtime import mixed
 
 SHIFT = 5.                  # paper: 5
 STEPS = 50                  # the teacher's grid (paper: 50)
@@ -140,15 +141,16 @@ def generate(model, conditions, times=None, rng=None):
         noise = lambda: torch.randn(cond.known.shape, generator=rng).to(device)   # noqa: E731
         with mixed(device):
             if cache is None:
-                cache, mods = Cache(model, len(cond.known), nn_model.fast_dtype(device)), [model.modulation(t) for t in times]
+                cache, mods = Cache(model, len(cond.known), runtime.fast_dtype(device)), [model.modulation(t) for t in times]
                 joint = torch.cat([model.modulation(0.).expand(-1, k, -1, -1), mods[0].expand(-1, k, -1, -1)], 1)
             for i, t in enumerate(times):
                 x = add_noise(x0, noise(), t) if i else noise()                   # noqa: F821
                 if i == 0 and before is not None:
                     both = [torch.cat(pair, 1) for pair in zip((before[0], *before[1], before[2]), (x, *cond, audio))]
-                    x0 = model(both[0], joint, Cond(*both[1:3]), both[3], cache=cache, write=True).float()
+                    x0 = model(both[0], joint, Cond(*both[1:3]), both[3], cache=cache, write=True)
                 else:
-                    x0 = model(x, mods[i], cond, audio, cache=cache).float()
+                    x0 = model(x, mods[i], cond, audio, cache=cache)
+                x0 = x0.to(torch.float32, copy=True)             # a CUDA graph's output is overwritten by its next run
         before = x0, cond, audio
         yield x0
 
@@ -313,8 +315,8 @@ def main(argv):
     cfg = data.options(Options, argv, __doc__)
     if (cfg.audio or cfg.out == "-") and not cfg.video:
         raise Fail("--audio or --out - without --video: which recording should it dub?")
-    device = nn_model.find_device(cfg.device)
-    model = load_dit(syncnet.find_weights("student", cfg.weights), device, nn_model.fast_dtype(device))
+    device = runtime.find_device(cfg.device)
+    model = load_dit(syncnet.find_weights("student", cfg.weights), device, runtime.fast_dtype(device))
     if cfg.video:
         cfg.audio = cfg.audio or cfg.video
         return dub_file(model, cfg)

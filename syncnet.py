@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 import data
 import model
-from data import MELS, Fail
+import runtime
+from data import Fail
 
 SPAN = 5            # video frames that one decision looks at
 REACH = 15          # offsets -15..15 video frames
@@ -27,7 +28,7 @@ REACH = 15          # offsets -15..15 video frames
 @dataclasses.dataclass
 class Config:
     size: int = 64          # side of the pictures it was trained on; others are resized
-    channels: int = 32
+    channels: int = model.HEARD // 4
     embed: int = 64
 
 
@@ -40,20 +41,27 @@ class SyncNet(nn.Module):
                                    nn.Conv2d(2 * c, 3 * c, 3, 2, 1), nn.SiLU(), nn.Flatten(1),
                                    nn.Linear(3 * c * -(-self.height // 8) * -(-self.width // 8), 4 * c), nn.SiLU())
         self.span = nn.Sequential(nn.Conv1d(4 * c, 4 * c, SPAN), nn.SiLU(), nn.Conv1d(4 * c, cfg.embed, 1))
-        # 5, then 4 at stride 4, then 4: each output sees 20 mel frames and the next one starts 4 later.
-        self.sound = nn.Sequential(nn.Conv1d(MELS, 4 * c, 5), nn.SiLU(), nn.Conv1d(4 * c, 4 * c, 4, 4), nn.SiLU(),
-                                   nn.Conv1d(4 * c, 4 * c, 4), nn.SiLU(), nn.Conv1d(4 * c, cfg.embed, 1))
+        self.sound, self.sound_out = model.sound_tower(4 * c), nn.Conv1d(4 * c, cfg.embed, 1)
+        self.mouth = nn.Linear(4 * c, 2)                         # opening and width, off each frame; the lip-sync does not use it
+        with torch.no_grad():
+            self.mouth.bias.copy_(torch.tensor([.5, 3.4]))       # tenths of the side: what is usual
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
-    def forward(self, video, mel):
-        """video (B, T, S, S, 3) in [-1, 1], mel (B, 4 T, MELS) -> two (B, T - 4, embed), of unit length."""
+    def see(self, video):
+        """video (B, T, S, S, 3) in [-1, 1] -> what it sees in each frame (B, T, 4 channels)."""
         B, T, S, _, _ = video.shape
         x = video[:, :, S // 2:, S // 8: S - S // 8].reshape(B * T, S - S // 2, -1, 3).permute(0, 3, 1, 2)
         if x.shape[2:] != (self.height, self.width):
             x = F.interpolate(x, size=(self.height, self.width), mode="bilinear", antialias=True, align_corners=False)
-        v = self.span(self.frame(x.contiguous(memory_format=torch.channels_last)).view(B, T, -1).transpose(1, 2))
-        a = self.sound(mel.transpose(1, 2))
-        return F.normalize(v.float().transpose(1, 2), dim=-1), F.normalize(a.float().transpose(1, 2), dim=-1)
+        return self.frame(x.contiguous(memory_format=torch.channels_last)).view(B, T, -1)
+
+    def forward(self, video, mel):
+        """video (B, T, S, S, 3) in [-1, 1], mel (B, 4 T, MELS) -> two (B, T - 4, embed), of unit length, and the mouth (B, T, 2): its
+        opening and width as fractions of the picture's side."""
+        seen = self.see(video)
+        v, a = self.span(seen.transpose(1, 2)), self.sound_out(self.sound(mel.transpose(1, 2)))
+        unit = lambda x: F.normalize(x.float().transpose(1, 2), dim=-1)       # noqa: E731
+        return unit(v), unit(a), .1 * self.mouth(seen).float()
 
 
 def nce(v, a, scale):
@@ -83,14 +91,21 @@ def score(net, video, mel):
     if video.shape[1] < 12:
         raise Fail(f"{video.shape[1]} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
     video = data.to_float(video) if video.dtype == torch.uint8 else video
-    with model.mixed(video.device):
-        return sync(*net(video, mel))
+    with runtime.mixed(video.device):
+        return sync(*net(video, mel)[:2])
 
 
-def judged(dub, truth, mel, judge):
-    """dub, truth (n, T, S, S, 3) uint8 -> means over the clips: Sync-C, Sync-D, mouth PSNR (dB)."""
-    c, d, _ = score(judge, dub, mel)
-    return dict(sync_c=c.mean().item(), sync_d=d.mean().item(), psnr=data.mouth_psnr(dub, truth).mean().item())
+def landmark_error(dub, pairs, judge):
+    """The mouth's opening and width as the judge reads them off dub (n, T, S, S, 3) uint8, less the drawn ones -> (n, T, 2)."""
+    with torch.no_grad(), runtime.mixed(dub.device):
+        return judge(data.to_float(dub), pairs.mel)[2] - pairs.mouth
+
+
+def judged(dub, pairs, judge):
+    """Means over the clips of the dubs (n, T, S, S, 3) uint8 of data.Pairs: Sync-C, Sync-D, mouth PSNR (dB), landmark error (% of the side)."""
+    c, d, _ = score(judge, dub, pairs.mel)
+    return dict(sync_c=c.mean().item(), sync_d=d.mean().item(), psnr=data.mouth_psnr(dub, pairs.truth).mean().item(),
+                landmark=100 * landmark_error(dub, pairs, judge).abs().mean().item())
 
 
 def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None):
@@ -108,9 +123,11 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
         mel = torch.stack([bank.mel[i, 4 * s:4 * (s + T)] for i, s in zip(clip, first)]).to(device)
         mel = mel + .05 * torch.randn(batch, 1, 1, generator=rng).to(device)             # level
         video = data.to_float(video) * (1 + .1 * torch.randn(batch, 1, 1, 1, 1, generator=rng).to(device))
-        with model.mixed(device):
-            v, a = net(video, mel)
+        with runtime.mixed(device):
+            v, a, mouth = net(video, mel)
         loss, accuracy = nce(v, a, net.log_scale.exp().clamp(max=100))
+        missed = (mouth - torch.stack([bank.mouth[i, s:s + T] for i, s in zip(clip, first)]).to(device)) / .03
+        loss = loss + missed[missed.isfinite()].square().sum() / missed.numel()  # not finite: recorded people, whose mouth nobody measured
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -123,11 +140,11 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
                   f"{time.time() - start:4.0f} s", flush=True)
     if not torch.isfinite(loss):
         raise Fail(f"{Path(path).stem}: the loss became {loss.item()}; lower the rate or look at the data")
-    model.save(path, kind="syncnet", config=dataclasses.asdict(cfg), model=net.state_dict(), seed=seed, steps=steps, made_with=made_with)
+    runtime.save(path, kind="syncnet", config=dataclasses.asdict(cfg), model=runtime.half(net), seed=seed, steps=steps, made_with=made_with)
 
 
 def load_syncnet(path, device="cpu"):
-    state = model.load(path, "syncnet")
+    state = runtime.load(path, "syncnet")
     net = SyncNet(Config(**state["config"]))
     net.load_state_dict({k: v.float() for k, v in state["model"].items()})
     return net.to(device).eval().requires_grad_(False)
@@ -158,7 +175,7 @@ def main(argv):
     cfg = data.options(Options, argv, __doc__)
     if not cfg.video:
         raise Fail("which clip? --video CLIP.mp4; --help shows examples")
-    device = model.find_device(cfg.device)
+    device = runtime.find_device(cfg.device)
     net = load_syncnet(find_weights("judge", cfg.weights), device)
     mel_of = cfg.audio or cfg.video
     audio = data.read_audio(mel_of)

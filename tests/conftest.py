@@ -5,6 +5,7 @@ import torch
 import data
 import distill
 import model as nn_model
+import runtime
 import syncnet
 
 
@@ -32,7 +33,7 @@ def cfg(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def samples(cfg):
-    return data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, torch.device("cpu"), nn_model.fast_dtype(torch.device("cpu")))
+    return data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, torch.device("cpu"), runtime.fast_dtype(torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import torch
 import data
 import distill
 import model as nn_model
+import runtime
 import sample
 from distill import dmd_gradient, dmd_loss, in_window, real_score, reward_weights, rollout
 from model import Cond
@@ -61,7 +62,7 @@ def test_guided_exactly_inside_the_window(tiny, parts, cfg, where, inside):
 def test_only_the_drawn_call_carries_gradient(tiny, samples, cfg, call):
     student = copy.deepcopy(tiny).train()
     batch, seen = samples.draw(2, torch.Generator().manual_seed(0)), []
-    fast = copy.deepcopy(tiny).to(distill.nn_model.fast_dtype(CPU))           # its weights ask for gradient: it must not get any all the same
+    fast = copy.deepcopy(tiny).to(distill.runtime.fast_dtype(CPU))           # its weights ask for gradient: it must not get any all the same
     for net in (student, fast):
         net.register_forward_hook(lambda module, args, out: seen.append(None if out is None else out.requires_grad))
     with distill.mixed(CPU):
@@ -77,7 +78,7 @@ def test_only_the_drawn_call_carries_gradient(tiny, samples, cfg, call):
 def test_rollout_is_what_streaming_does(tiny, samples, cfg):
     """The same noise through the training rollout and the inference loop: the same clip."""
     batch = samples.draw(1, torch.Generator().manual_seed(0))
-    fast = copy.deepcopy(tiny).to(nn_model.fast_dtype(CPU))
+    fast = copy.deepcopy(tiny).to(runtime.fast_dtype(CPU))
     with torch.no_grad(), distill.mixed(CPU):
         cond, audio = fast.embed_cond(batch.source, batch.reference), fast.embed_audio(batch.heard)
     torch.manual_seed(5)
@@ -94,7 +95,7 @@ def test_compiled_training_is_the_same_training(cfg, samples, expert, tmp_path, 
     for switch in ("off", "on"):
         c = dataclasses.replace(cfg, out=str(tmp_path / switch), compile=switch, teacher_steps=2)
         Path(c.out).mkdir()
-        distill.train_teacher(c, samples, expert, watch, CPU)
+        distill.train_teacher(c, samples, expert, expert, watch, CPU)
         ends.append(nn_model.load_dit(f"{c.out}/teacher.pt"))
     off, on = (torch.cat([p.flatten() for p in net.parameters()]) for net in ends)
     assert (off - on).norm() < .02 * off.norm() and off.isfinite().all()
@@ -164,10 +165,10 @@ def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expe
     for halves in (False, True):
         c = dataclasses.replace(cfg, out=str(tmp_path / str(halves)), save_seconds=-1)
         Path(c.out).mkdir()
-        train = ((lambda: distill.train_teacher(c, samples, expert, watch, CPU)) if stage == "teacher" else
+        train = ((lambda: distill.train_teacher(c, samples, expert, expert, watch, CPU)) if stage == "teacher" else
                  lambda: distill.train_dmd(c, copy.deepcopy(tiny), copy.deepcopy(tiny), samples, expert, expert, watch, CPU))
         if halves:
-            original, steps = nn_model.Progress.save, []
+            original, steps = runtime.Progress.save, []
 
             def stop(self, step):
                 original(self, step)
@@ -175,7 +176,7 @@ def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expe
                 if len(steps) == 2:
                     raise KeyboardInterrupt
             with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(nn_model.Progress, "save", stop)
+                patch.setattr(runtime.Progress, "save", stop)
                 train()
         train()
         ends.append(torch.load(f"{c.out}/{'teacher' if stage == 'teacher' else 'student'}.pt", weights_only=True)["model"])

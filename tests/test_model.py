@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 import data
 import model as nn_model
+import sample
 from model import Cache, Cond, visible
 
 
@@ -75,6 +76,18 @@ def test_300_chunks_in_constant_memory(tiny, parts):
     assert cache.chunks == 300 and len(cache.frames) == 4 and len(visible(300, tiny.cfg)) == 7    # positions 0..6, for ever
 
 
+def test_a_compiled_stream_runs_the_same_graphs_for_ever(tiny, parts):
+    """What CUDA graphs need: once the window is full nothing is compiled anew. And the numbers are those of the eager pass."""
+    from torch._dynamo.testing import CompileCounter
+    given, counter, graphs, outputs = [parts(3, 1)[1:] for _ in range(9)], CompileCounter(), [], []
+    for x0 in sample.generate(torch.compile(tiny, backend=counter, dynamic=False), given, rng=torch.Generator().manual_seed(1)):
+        outputs.append(x0)
+        graphs.append(counter.frame_count)
+    assert graphs[3] == graphs[-1] > 0
+    eager = list(sample.generate(tiny, given, rng=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(torch.stack(outputs), torch.stack(eager), atol=1e-5, rtol=0)
+
+
 def test_patches_round_trip():
     video = torch.randint(256, (2, 8, 64, 64, 3), dtype=torch.uint8)
     x = data.patchify(video, 16)
@@ -125,5 +138,5 @@ def test_training_attention_is_the_fused_one():
 
 def test_checkpoints(tmp_path, tiny, cfg, student_file):
     again = nn_model.load_dit(student_file)
-    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values()))
+    assert all(torch.equal(a.bfloat16().float(), b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values()))
     assert again.cfg == tiny.cfg

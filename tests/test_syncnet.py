@@ -38,9 +38,9 @@ def test_nce_by_hand():
 def test_a_judge_from_the_command_line(tmp_path, expert, capsys):
     import dataclasses
 
-    import model as nn_model
+    import runtime
     weights = str(tmp_path / "judge.pt")
-    nn_model.save(weights, kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
+    runtime.save(weights, kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
     clip = data.draw(data.SPLITS["held-out"] + 700, 72, 64)
     with data.write_video(tmp_path / "a.mp4", (64, 64), clip.audio) as put:
         for frame in clip.video:

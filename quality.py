@@ -1,0 +1,287 @@
+"""The quality numbers in the README, measured by the judge on people and voices that nothing was trained on.
+
+    python bench.py quality --config small              # the table: truth, teacher, student; --set self, cross or all; --clips 16 for less
+    python bench.py long --config small                 # three minutes streamed, and other caches
+"""
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+import unittest.mock
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import distill
+import model as nn_model
+import runtime
+import sample
+import syncnet
+from data import Fail
+from model import Cache
+
+
+def start(cfg):
+    """What all benches begin with -> device."""
+    if cfg.config not in nn_model.SIZES:
+        raise Fail(f"--config {cfg.config}: one of {', '.join(nn_model.SIZES)}")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    data.free_space(cfg.out, 64 << 20)
+    runtime.keep_memory()
+    torch.manual_seed(cfg.seed)
+    return runtime.find_device(cfg.device)
+
+
+def about(bench, cfg, device):
+    return dict(bench=bench, config=cfg.config, device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, clips=1, seed=cfg.seed)
+
+
+def ssim(video, truth):
+    """SSIM (Wang et al. 2004; 7 x 7 windows, each colour for itself), mean over the mouth mask. video, truth (T, S, S, 3) uint8 -> float."""
+    x, y = (v.permute(0, 3, 1, 2).double() / 255 for v in (video, truth))
+    mean = lambda z: F.avg_pool2d(z, 7, 1, 3, count_include_pad=False)       # noqa: E731
+    a, b = mean(x), mean(y)
+    c1, c2 = .01 ** 2, .03 ** 2
+    index = (2 * a * b + c1) * (2 * (mean(x * y) - a * b) + c2) / ((a * a + b * b + c1) * (mean(x * x) - a * a + mean(y * y) - b * b + c2))
+    mask = data.mouth_mask(video.shape[1]).to(video.device)
+    return ((index.mean((0, 1)) * mask).sum() / mask.sum()).item()
+
+
+def border_energy(video, p):
+    """Mean squared difference of neighbouring pixels across the borders of the p x p patches over that inside them, in the mouth mask.
+    video (T, S, S, 3) uint8 -> float; divided by the truth's it is the measure of seams, 1 where there are none."""
+    mask, total = data.mouth_mask(video.shape[1]).to(video.device), [0., 0., 0., 0.]
+    for v, m in ((video.float().mean(3), mask), (video.float().mean(3).transpose(1, 2), mask.T)):
+        jump, weight = ((v[:, 1:] - v[:, :-1]) ** 2).mean(0), m[1:] * m[:-1]
+        border = ((torch.arange(1, video.shape[1], device=video.device) % p) == 0).float()[:, None]
+        for i, part in enumerate((border, 1 - border)):
+            total[2 * i] += (jump * weight * part).sum().item()
+            total[2 * i + 1] += (weight * part).sum().item()
+    return total[0] / total[1] / (total[2] / total[3])
+
+
+def measures(dub, pairs, judge, patch):
+    """Everything that is measured of the dubs (n, T, S, S, 3) uint8 of data.Pairs, a clip each -> dict of (n,) tensors:
+
+    sync_c, sync_d; psnr (dB) and ssim in the mouth mask; landmark: mean error of the mouth's opening and width as the judge reads them off
+    the picture, in percent of the picture's side; opening, width: their correlation with the truth over time; silence: the opening, in
+    percent, where the truth's has been shut for 0.2 s around (NaN without such a pause); seams, see border_energy."""
+    c, d, _ = syncnet.score(judge, dub, pairs.mel)
+    error = syncnet.landmark_error(dub, pairs, judge)
+    read, centre = error + pairs.mouth, lambda x: x - x.mean(1, keepdim=True)
+    agree = F.cosine_similarity(centre(read), centre(pairs.mouth), dim=1)    # n 2
+    shut = F.avg_pool1d((pairs.mouth[..., 0] < .01).float(), 5, 1, 2) > .99
+    rows = [(ssim(v, t), border_energy(v, patch) / border_energy(t, patch)) for v, t in zip(dub, pairs.truth)]
+    return dict(sync_c=c, sync_d=d, psnr=data.mouth_psnr(dub, pairs.truth), ssim=torch.tensor([r[0] for r in rows]),
+                landmark=100 * error.abs().mean((1, 2)), opening=agree[:, 0], width=agree[:, 1],
+                silence=100 * (read[..., 0] * shut).sum(1) / shut.sum(1), seams=torch.tensor([r[1] for r in rows]))
+
+
+@dataclasses.dataclass
+class Quality:
+    config: str = "small"
+    weights: str = ""       # folder of teacher.pt, judge.pt, syncnet.pt and, if there is one, student.pt; weights/CONFIG if not given
+    set: str = "dub"        # dub: other words, same voice; self: its own; cross: another person's voice and tempo; all of them
+    clips: int = 64
+    front: bool = True      # the teacher at other guidance and fewer steps too (dub only)
+    device: str = ""
+    threads: int = 0
+    seed: int = 0
+    zero = ("seed", "threads")
+    out: str = "out/bench"
+
+
+def clips_of(kind, n, size, frames=96):
+    """n held-out (source, truth, ceiling): ceiling is the truth drawn again, with only that changed which the sound does not decide."""
+    for i in range(n):
+        seed = data.SPLITS["held-out"] + 2 * i
+        how = dict(dub=dict(text=seed + 1), self={}, cross=dict(text=seed + 1, voice=seed + 2))[kind]
+        yield [data.draw(seed, frames, size, **extra) for extra in ({}, how, dict(how, detail=seed + 1_000_000))]
+
+
+def robustness(net, size, n, device):
+    """Share of held-out clips of 2 s whose sound, moved by a known -10..10 frames, is found there to within a frame: as it is, with white
+    noise of 10 dB below it, 20% louder and softer, spoken 20% faster and slower."""
+    rng, found = np.random.default_rng(0), {}
+    for name, speed, gain, noise in (("clean", 1, 1, 0), ("10 dB noise", 1, 1, 10 ** -.5), ("level +20%", 1, 1.2, 0), ("level -20%", 1, .8, 0),
+                                     ("speed +20%", 1.2, 1, 0), ("speed -20%", .8, 1, 0)):
+        right = 0
+        for i in range(n):
+            clip, move = data.draw(data.SPLITS["held-out"] + 2 * i, 80, size, speed=speed), int(rng.integers(-10, 11))
+            audio = gain * (clip.audio + noise * clip.audio.std() * rng.standard_normal(len(clip.audio)).astype(np.float32))
+            mel = data.log_mel(audio[(15 - move) * 640:(65 - move) * 640])
+            right += abs(syncnet.score(net, clip.video[None, 15:65].to(device), mel[None].to(device))[2].item() - move) <= 1
+        found[name] = right / n
+    return found
+
+
+def summary(values):
+    """Clips' values -> mean and half its 95% interval; NaN clips (no pause in it) do not count."""
+    values = values[values.isfinite()].double()
+    return values.mean().item(), (1.96 * values.std() / len(values) ** .5).item()
+
+
+def quality(cfg):
+    """The judge's table, on people and voices that nothing was trained on."""
+    device, folder = start(cfg), Path(cfg.weights or Path(__file__).parent / "weights" / cfg.config)
+    sets = ["dub", "self", "cross"] if cfg.set == "all" else [cfg.set]
+    if not set(sets) <= {"dub", "self", "cross"} or cfg.clips < 2:
+        raise Fail(f"--set {cfg.set}, --clips {cfg.clips}: dub, self, cross or all, and at least 2")
+    networks = {name: nn_model.load_dit(folder / f"{name}.pt", device, runtime.fast_dtype(device))
+                for name in ("teacher", "student") if name == "teacher" or (folder / f"{name}.pt").is_file()}
+    experts = {name: syncnet.load_syncnet(folder / f"{name}.pt", device) for name in ("judge", "syncnet")}
+    results = dict(about("quality", cfg, device), clips=cfg.clips)
+    results["sets"] = [dict(set=kind, **quality_of(kind, cfg, networks, experts["judge"], device)) for kind in sets]
+    results["offsets"] = {name: robustness(net, networks["teacher"].cfg.size, cfg.clips, device) for name, net in experts.items()}
+    print("\n| offset found to within a frame | " + " | ".join(results["offsets"]["judge"]) + " |\n|---" + "|---" * 6 + "|")
+    for name, found in results["offsets"].items():
+        print(f"| {name} | " + " | ".join(f"{v:.1%}" for v in found.values()) + " |")
+    print(json.dumps(results))
+
+
+def quality_of(kind, cfg, networks, judge, device):
+    """One set: prints its table, draws its sheet -> its rows."""
+    teacher, student = networks["teacher"], networks.get("student")
+    size, latents, steps = teacher.cfg.size, distill.PRESETS[cfg.config].get("latents", distill.Config.latents), sample.STEPS
+    clips = list(clips_of(kind, cfg.clips, size))
+    pairs, audio = data.Pairs.of([c[:2] for c in clips], device), [c[1].audio for c in clips]
+    source, truth, mel, _ = pairs
+    rows, many, frames = {}, cfg.front and kind == "dub", 4 * latents
+
+    def add(name, dub, speed=(None, None), **settings):
+        rows[name] = dict(settings, fps=speed[0], ttff_s=speed[1])
+        for key, values in measures(dub, pairs, judge, teacher.cfg.patch).items():
+            rows[name][key], rows[name][key + "_ci"] = summary(values)
+        print(f"{kind}: {name}, {cfg.clips} clips measured", file=sys.stderr, flush=True)
+
+    def dubbed_by(work):                                             # in batches that fit into any memory
+        return torch.cat([work(s, m) for s, m in zip(source.split(16), mel.split(16))])
+
+    def teach(steps, scale):
+        run = lambda s, m: sample.dub_teacher(teacher, s, m, steps, scale, latents)          # noqa: E731
+        speed = sample.clock((run(source[:1, :frames], mel[:1, :4 * frames])[0] for _ in "1"), device)
+        dub = dubbed_by(run)
+        add(f"teacher, {steps} steps, guidance {scale:g}", dub, speed, steps=steps, guidance=scale)
+        return dub
+
+    add("truth", truth)
+    add("truth, other detail", torch.stack([c[2].video for c in clips]).to(device))
+    front = {scale: teach(steps, scale) for scale in ((1., 1.5, 2., 3., 4.5, 6.) if many else (1., 2., 3.))}
+    best = max(front, key=lambda scale: rows[f"teacher, {steps} steps, guidance {scale:g}"]["sync_c"])
+    for few in (1, 2, 5, 10) if many else ():
+        teach(few, 1.)
+    named = dict(truth="truth", teacher=f"teacher, {steps} steps, guidance 1", teacher_guided=f"teacher, {steps} steps, guidance {best:g}")
+    videos = [source, front[1.], front[best], truth]
+    if student is not None:
+        videos.insert(3, dubbed_by(lambda s, m: sample.dub_student(student, s, m)))
+        list(sample.stream(student, source[0, :frames], audio[0]))
+        add("student", videos[3], sample.clock(sample.stream(student, source[0], audio[0]), device), steps=len(student.times or sample.TIMES), guidance=1.)
+        named["student"] = "student"
+    table(kind, rows)
+    sheet(f"{cfg.out}/quality-{cfg.config}-{kind}.png", [v.cpu() for v in videos])
+    return dict(rows={name: rows[row] for name, row in named.items()}, ceiling=rows["truth, other detail"], all=rows)
+
+
+@dataclasses.dataclass
+class Long:
+    config: str = "small"
+    weights: str = ""       # a student's checkpoint, its judge beside it; those in weights/CONFIG if not given
+    seconds: int = 180      # whole windows
+    window: int = 10        # seconds, measured one by one
+    ablate: bool = True     # the same student with other caches too
+    device: str = ""
+    threads: int = 0
+    seed: int = 0
+    zero = ("seed", "threads")
+    out: str = "out/bench"
+
+
+class Absolute(Cache):
+    """An ablation: RoPE by the place in the video, which grows beyond anything seen in training."""
+
+    def table(self, rope, n, c):
+        self.far = self.far if hasattr(self, "far") else nn_model.rope_table(self.cfg, 4096).to(rope.device)
+        return self.far[nn_model.visible(self.chunks + c, self.cfg)[:n]]
+
+
+def drift(dub, truth):
+    """How far the mean picture of a window (T, S, S, 3) is from the truth's -> largest mean difference of a colour in the mouth mask, the same
+    outside it, and the root mean square difference of the pixels in the mask (identity); all in levels of 255."""
+    mask, off = data.mouth_mask(dub.shape[1]).to(dub.device)[..., None], dub.float().mean(0) - truth.float().mean(0)
+    return [((off * m).sum((0, 1)) / m.sum()).abs().max().item() for m in (mask, 1 - mask)] + [((off ** 2 * mask).sum() / 3 / mask.sum()).sqrt().item()]
+
+
+def border_jump(video, n):
+    """Frame difference energy in the mask at the borders of chunks of n frames over that inside them."""
+    energy = ((video[1:].float() - video[:-1].float()) ** 2 * data.mouth_mask(video.shape[1]).to(video.device)[..., None]).mean((1, 2, 3))
+    border = torch.arange(1, len(video)) % n == 0
+    return (energy[border].mean() / energy[~border].mean()).item()
+
+
+def long(cfg):
+    """Minutes of streaming: is the last one as good as the first, and what holds it up?"""
+    device, path = start(cfg), Path(cfg.weights or Path(__file__).parent / "weights" / cfg.config / "student.pt")
+    student, judge = nn_model.load_dit(path, device, runtime.fast_dtype(device)), syncnet.load_syncnet(path.parent / "judge.pt", device)
+    n, per = 4 * student.cfg.chunk, cfg.window * data.FPS
+    if cfg.seconds % cfg.window or cfg.seconds < 2 * cfg.window:
+        raise Fail(f"--seconds {cfg.seconds} must be two or more times --window {cfg.window}")
+    source, truth = data.dub_pair(cfg.seed, cfg.seconds * data.FPS, student.cfg.size)
+    cut = lambda clip: [data.Clip(clip.video[a:a + per], clip.audio[a * 640:(a + per) * 640], clip.mouth[a:a + per])      # noqa: E731
+                        for a in range(0, len(clip.video), per)]
+    pairs, rows = data.Pairs.of(list(zip(cut(source), cut(truth))), device), {}
+    kinds = {"student": ({}, Cache)}
+    if cfg.ablate:
+        kinds.update({"no sink": (dict(sink=0), Cache), "window 3": (dict(window=3), Cache), "absolute positions": ({}, Absolute)})
+    for name, (fields, cache) in kinds.items():
+        net = copy.copy(student)
+        net.cfg = dataclasses.replace(student.cfg, **fields)
+        with unittest.mock.patch.object(sample, "Cache", cache):
+            dub = torch.cat(list(sample.stream(net, source.video, truth.audio, seed=cfg.seed)))
+        windows = dub.view(-1, per, *dub.shape[1:]).to(device)
+        q = {k: v.tolist() for k, v in measures(windows, pairs, judge, student.cfg.patch).items()}
+        q["offset"] = syncnet.score(judge, windows, pairs.mel)[2].tolist()
+        q["colour"], q["colour_outside"], q["identity"] = zip(*map(drift, windows, pairs.truth))
+        rows[name] = dict(q, border_jump=border_jump(dub, n) / border_jump(truth.video, n))
+        print(f"{name}: {len(dub)} frames", file=sys.stderr, flush=True)
+    minute = 60 // cfg.window if cfg.seconds >= 120 else 1
+    keys = ["sync_c", "psnr", "offset", "colour", "colour_outside", "identity", "opening"]
+    ends = {name: {end: {k: statistics.mean(row[k][a]) for k in keys} for end, a in (("first", slice(minute)), ("last", slice(-minute, None)))}
+            for name, row in rows.items()}
+    print(f"\nfirst -> last {minute * cfg.window} s of {cfg.seconds}\n\n"
+          "| cache | Sync-C | PSNR dB | offset | colour | outside | identity | opening | jump at borders |\n|---" + "|---" * 8 + "|")
+    for name, end in ends.items():
+        print(f"| {name} | " + " | ".join(f"{end['first'][k]:.{d}f} -> {end['last'][k]:.{d}f}" for k, d in zip(keys, (3, 2, 1, 1, 1, 1, 3)))
+              + f" | {rows[name]['border_jump']:.2f} |")
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3), layout="constrained")
+    for axis, (key, title) in zip(axes, dict(sync_c="Sync-C (judge)", psnr="mouth PSNR (dB)", colour="colour drift (levels of 255)",
+                                             identity="identity drift (levels of 255)").items()):
+        for name, row in rows.items():
+            axis.plot([cfg.window * (i + .5) for i in range(len(row[key]))], row[key], label=name)
+        axis.set(title=title, xlabel="seconds")
+    axes[0].legend()
+    figure.savefig(f"{cfg.out}/long-{cfg.config}.png", dpi=90)
+    first, last = ends["student"]["first"], ends["student"]["last"]
+    print(json.dumps(dict(about("long", cfg, device), first=first, last=last, border_jump=rows["student"]["border_jump"],
+                          colour_drift=last["colour"] - first["colour"], rows=rows)))
+
+
+def table(kind, rows):
+    """The measures as Markdown, mean ± 95%."""
+    columns = dict(sync_c=("Sync-C", 3), sync_d=("Sync-D", 3), psnr=("PSNR dB", 2), ssim=("SSIM", 3), landmark=("landmark %", 2), opening=("opening", 3),
+                   width=("width", 3), seams=("seams", 2), silence=("silence %", 2))
+    print(f"\n{kind}\n\n| | " + " | ".join(title for title, _ in columns.values()) + " |\n|---" + "|---" * len(columns) + "|")
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{row[k]:.{n}f} ± {row[k + '_ci']:.{n}f}" for k, (_, n) in columns.items()) + " |")
+
+
+def sheet(path, dubs, clips=3, moments=8, scale=4):
+    """Rows of the same moments of a few clips, the lower two thirds of the square: one row for each of `dubs`, (n, T, S, S, 3) uint8."""
+    S, T = dubs[0].shape[2], dubs[0].shape[1]
+    rows = [torch.cat(list(d[i, T // 16::T // moments][:moments, S // 3:]), 1) for i in range(min(clips, len(dubs[0]))) for d in dubs]
+    plt.imsave(path, torch.cat(rows).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())

@@ -1,0 +1,200 @@
+"""What the scripts run on: processes, devices, checkpoints that are never half-written, runs that go on where they stopped, logs."""
+import ctypes
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+
+import data
+from data import Fail
+
+
+# ------------------------------------------------------------------------------------------------- one process or several
+def ranks():
+    """(this process's number, how many there are): torchrun starts several, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_others(device=""):
+    """If torchrun started several processes: meet them, each with a GPU of its own unless `device` says cpu. Only the first one speaks."""
+    if "LOCAL_RANK" in os.environ:
+        gpu = torch.cuda.is_available() and device != "cpu"
+        dist.init_process_group("nccl" if gpu else "gloo")
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if ranks()[0]:
+            sys.stdout = open(os.devnull, "w")
+
+
+def wait():
+    """Until all processes are here."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def mine(x):
+    """This process's share of a batch. All draw the whole from the same seed, so that any number of them takes the same step."""
+    rank, world = ranks()
+    return x[rank::world]
+
+
+def noise_like(x):
+    """Gaussian noise like x (B, ...), which is a share of a batch: likewise a share."""
+    return mine(torch.randn(len(x) * ranks()[1], *x.shape[1:], device=x.device))
+
+
+def mean_over_ranks(x):
+    """The mean of a tensor over the processes, in place."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x)
+        x /= ranks()[1]
+    return x
+
+
+# -------------------------------------------------------------------------------------------------- devices, checkpoints
+def find_device(name=""):
+    """The named device, or the best there is."""
+    if name:
+        try:
+            return torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError) as e:
+            raise Fail(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def fast_dtype(device):
+    """What the hardware multiplies fastest: bf16 on any recent GPU and on CPUs with AVX-512 BF16 or AMX, else float32."""
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_tile") else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+
+
+def mixed(device):
+    """Autocast to fast_dtype, where that is not float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
+
+
+def keep_memory():
+    """Let glibc keep freed memory. By default every large tensor is mapped anew and its pages are faulted in one by one: a
+    quarter of a training step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):       # M_MMAP_MAX, M_TRIM_THRESHOLD
+            libc.mallopt(option, value)
+
+
+def save(path, **state):
+    """torch.save under another name, then rename: never half a checkpoint."""
+    data.free_space(os.path.dirname(path) or ".", 64 << 20)
+    partial = f"{path}.writing"
+    try:
+        torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:
+        raise Fail(f"{path}: could not be saved ({str(e).splitlines()[0]}); make room or choose another --out") from None
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+def half(net):
+    """A network's state as checkpoints keep it: in bf16, as it is run wherever the hardware can."""
+    return {name: value.bfloat16() for name, value in net.state_dict().items()}
+
+
+def load(path, kind):
+    """A checkpoint of this project -> dict. Fail: missing, broken, or of another kind."""
+    data.need_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["kind"]
+    except Exception as e:  # torch.load raises anything from KeyError to UnpicklingError on a file that is none of ours
+        what = "delete it and run again" if kind == "resume" else "make one with distill.py"
+        raise Fail(f"{path}: not a checkpoint of this project ({type(e).__name__}); {what}") from None
+    if found != kind:
+        raise Fail(f"{path}: a {found} checkpoint where a {kind} is needed")
+    return state
+
+
+class Progress:
+    """What a stage needs to go on where it was stopped: networks, optimizers, step, random states. It depends on these fields of cfg."""
+
+    def __init__(self, cfg, stage, fields, rng, **parts):
+        self.path, self.rng, self.parts, self.cfg = Path(cfg.out) / f"{stage}.resume.pt", rng, parts, cfg
+        self.saved, self.step = time.time(), 0
+        if self.path.is_file():
+            state = load(self.path, "resume")
+            check_same(self.path, state["made_with"], cfg, fields)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            rng.set_state(state["rng"])
+            torch.set_rng_state(state["torch_rng"][0])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["torch_rng"][1:])
+            self.step = state["step"]
+            print(f"{stage}: going on after step {self.step}")
+
+    def save(self, step):
+        if time.time() - self.saved > self.cfg.save_seconds and not ranks()[0]:
+            states = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+            save(self.path, kind="resume", step=step, made_with=dataclasses.asdict(self.cfg), rng=self.rng.get_state(), torch_rng=states,
+                 **{name: part.state_dict() for name, part in self.parts.items()})
+            self.saved = time.time()
+
+    def done(self):
+        if not ranks()[0]:
+            self.path.unlink(missing_ok=True)
+
+
+def check_same(path, was, cfg, fields):
+    """Fail if what is in `path` was made with other settings in these fields of cfg."""
+    for f in fields:
+        if was.get(f) != getattr(cfg, f):
+            raise Fail(f"{path} was made with --{f} {was.get(f)}, not {getattr(cfg, f)}; delete it, or choose another --out")
+
+
+class Log:
+    """One fixed-width line on the screen, one JSON object in log.jsonl, and curves.png."""
+
+    def __init__(self, folder, stage, steps, first=0):
+        self.path, self.folder, self.stage, self.steps, self.first, self.start = Path(folder) / "log.jsonl", folder, stage, steps, first, time.time()
+        if self.path.is_file() and not ranks()[0]:               # what an earlier run said of the steps to come is forgotten
+            rows = [line for line in open(self.path) if (r := json.loads(line))["stage"] != stage or r["step"] <= first]
+            self.path.write_text("".join(rows))
+
+    def __call__(self, step, **values):
+        if ranks()[0]:
+            return
+        spent = time.time() - self.start
+        left = spent / max(1, step - self.first) * (self.steps - step)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(dict(stage=self.stage, step=step, seconds=round(spent, 4), **{k: round(v, 5) for k, v in values.items()})) + "\n")
+        if not all(abs(v) < float("inf") for v in values.values()):
+            raise Fail(f"{self.stage} step {step}: a value is not finite ({values}); lower the learning rate. The last good checkpoint is kept.")
+        print(f"{self.stage:8} step {step:5d}/{self.steps} | " + " | ".join(f"{k} {v:8.4g}" for k, v in values.items())
+              + f" | {spent:5.0f} s, {left:5.0f} s left", flush=True)
+
+    def curves(self):
+        rows = [json.loads(line) for line in open(self.path)]
+        figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
+        titles = dict(loss="loss", norm="gradient norm", critic_loss="critic's loss", weight="reward weight, before it is normalised",
+                      sync_c="Sync-C by the judge", reward_c="Sync-C by the reward network", psnr="mouth PSNR (dB)", landmark="landmark error (%)")
+        for axis, key in zip(axes.flat, titles):
+            for stage in dict.fromkeys(r["stage"] for r in rows):
+                points = [(r["step"] / max(q["step"] for q in rows if q["stage"] == stage), r[key]) for r in rows if r["stage"] == stage and key in r]
+                if points:
+                    axis.plot(*zip(*points), label=stage, marker="." if len(points) < 40 else None)
+            axis.set(title=titles[key], xlabel="share of the stage")
+            if axis.lines:
+                axis.legend()
+        figure.savefig(Path(self.folder) / "curves.png", dpi=80)
+        plt.close(figure)
