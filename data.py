@@ -25,7 +25,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from faces import FPS, RATE, SPLITS, draw, dub_pair, mouth_mask  # noqa: F401  dub_pair: for those who import this file
+from faces import FPS, RATE, SPLITS, Clip, draw, dub_pair, mouth_mask  # noqa: F401  Clip: for those who import this file
 
 HOP = 160               # samples between mel frames: 100 a second, 4 to a video frame
 MELS = 40               # mel bands, 60 Hz to 7.6 kHz

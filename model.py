@@ -111,7 +111,7 @@ class Cache:
     frames, however long the video. A pass at t = 0 writes a finished chunk (`write=True`); the chunk after it may come along in
     the same pass, and sees what was just written. Other passes only read.
 
-    A pass reads two numbers of this object, `past` and `runs`. Once the window is full they stay as they are, so that every chunk
+    A pass reads two numbers of this object, `past` and `runs`. Once the window is `full` they stay as they are, so that every chunk
     runs the same compiled graph, or CUDA graph, at the same addresses."""
 
     def __init__(self, model, batch, dtype=None):
@@ -156,6 +156,7 @@ class Cache:
         seen = lambda c: [f for f in visible(c, cfg) if f < c * cfg.chunk]   # noqa: E731  of the past, by chunk c
         self.frames = seen(self.chunks)
         held = self.frames + list(range(self.chunks * cfg.chunk, (self.chunks + 1) * cfg.chunk))
+        self.full = self.chunks * cfg.chunk >= cfg.sink + cfg.window     # from now on every chunk is like the last one
         self.past, self.runs = len(self.frames), []
         for p in (held.index(f) for f in seen(self.chunks + 1)):
             if self.runs and self.runs[-1][1] == p:
@@ -316,16 +317,18 @@ class DiT(nn.Module):
             else:
                 attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
+        k = self.cfg.chunk
+        if write and L == k:
+            return cache.advance()
         if write:
-            cache.advance()
-            k = self.cfg.chunk
-            if L == k:
-                return None
             x, mod, cond, L = x[:, k:], mod[:, -k:], Cond(*(c[:, k:] for c in cond)), L - k
         shift, scale = mod[:, :, None, 6:].unbind(3)
         x = self.head(F.layer_norm(x, (x.shape[-1],)) * (1 + scale) + shift)
         x = OverlapAdd.apply(x.view(B * L, self.n // 2, self.n, -1), self.cfg.patch, self.m)
-        return cond.known + self.mask * x.view(B, L, N, -1)
+        x0 = cond.known + self.mask * x.view(B, L, N, -1)
+        if write:
+            cache.advance()
+        return x0
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -214,7 +214,7 @@ def drift(dub, truth):
     """How far the mean picture of a window (T, S, S, 3) is from the truth's -> largest mean difference of a colour in the mouth mask, the same
     outside it, and the root mean square difference of the pixels in the mask (identity); all in levels of 255."""
     mask, off = data.mouth_mask(dub.shape[1]).to(dub.device)[..., None], dub.float().mean(0) - truth.float().mean(0)
-    return [((off * m).sum((0, 1)) / m.sum()).abs().max().item() for m in (mask, 1 - mask)] + [((off ** 2 * mask).sum() / 3 / mask.sum()).sqrt().item()]
+    return [((off * m).sum((0, 1)) / m.sum()).abs().max().item() for m in (mask, (mask == 0).float())] + [((off ** 2 * mask).sum() / 3 / mask.sum()).sqrt().item()]
 
 
 def border_jump(video, n):

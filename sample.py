@@ -134,7 +134,9 @@ def generate(model, conditions, times=None, rng=None):
     """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each.
 
     The paper's three passes a chunk: noise -> x0, re-noised with fresh noise -> x0, and one at t = 0 that writes the cache. The
-    last is not needed before the next chunk, so it runs in one forward with that chunk's first: two calls a chunk, the same numbers."""
+    last is not needed before the next chunk, so it runs in one forward with that chunk's first: two calls a chunk, the same numbers.
+
+    A model that is to be compiled (`model.compile(dynamic=False, mode="reduce-overhead")`: CUDA graphs) is so from when the window is full."""
     cache, before, times = None, None, times or model.times or TIMES
     for cond, audio in conditions:
         device, k = cond.known.device, model.cfg.chunk
@@ -143,13 +145,14 @@ def generate(model, conditions, times=None, rng=None):
             if cache is None:
                 cache, mods = Cache(model, len(cond.known), runtime.fast_dtype(device)), [model.modulation(t) for t in times]
                 joint = torch.cat([model.modulation(0.).expand(-1, k, -1, -1), mods[0].expand(-1, k, -1, -1)], 1)
+            call = model if cache.full else model.forward        # the second is never compiled
             for i, t in enumerate(times):
                 x = add_noise(x0, noise(), t) if i else noise()                   # noqa: F821
                 if i == 0 and before is not None:
                     both = [torch.cat(pair, 1) for pair in zip((before[0], *before[1], before[2]), (x, *cond, audio))]
-                    x0 = model(both[0], joint, Cond(*both[1:3]), both[3], cache=cache, write=True)
+                    x0 = call(both[0], joint, Cond(*both[1:3]), both[3], cache=cache, write=True)
                 else:
-                    x0 = model(x, mods[i], cond, audio, cache=cache)
+                    x0 = call(x, mods[i], cond, audio, cache=cache)
                 x0 = x0.to(torch.float32, copy=True)             # a CUDA graph's output is overwritten by its next run
         before = x0, cond, audio
         yield x0
@@ -309,6 +312,7 @@ class Options:
     weights: str = ""  # a student's checkpoint; else the bundled one, else what distill.py made last
     device: str = ""  # cuda, mps or cpu; the best there is if not given
     seed: int = 0
+    compile: bool = False  # torch.compile, with CUDA graphs on a GPU: takes a minute or so before it pays
 
 
 def main(argv):
@@ -317,6 +321,8 @@ def main(argv):
         raise Fail("--audio or --out - without --video: which recording should it dub?")
     device = runtime.find_device(cfg.device)
     model = load_dit(syncnet.find_weights("student", cfg.weights), device, runtime.fast_dtype(device))
+    if cfg.compile:
+        model.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
     if cfg.video:
         cfg.audio = cfg.audio or cfg.video
         return dub_file(model, cfg)

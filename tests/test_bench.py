@@ -57,3 +57,32 @@ def test_ssim_by_hand():
 def test_summary_leaves_out_what_is_not_there():
     mean, half = quality.summary(torch.tensor([1., 2., 3., float("nan")]))
     assert mean == 2 and half == pytest.approx(1.96 / 3 ** .5)
+
+
+def test_long_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
+    """An untrained student: its first window is as good as its last, since nothing depends on how late it is."""
+    nn_model.save_dit(tmp_path / "student.pt", tiny, cfg, "student", 0)
+    runtime.save(tmp_path / "judge.pt", kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
+    bench.main(["long", "--config", "tiny", "--weights", str(tmp_path / "student.pt"), "--seconds", "12", "--window", "2", "--out", str(tmp_path)])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(result["rows"]) == {"student", "no sink", "window 3", "absolute positions"} and len(result["rows"]["student"]["psnr"]) == 6
+    assert result["first"]["psnr"] == pytest.approx(result["last"]["psnr"], abs=1.5) and result["last"]["colour_outside"] < .01
+    assert result["rows"]["student"]["psnr"] != result["rows"]["no sink"]["psnr"] != result["rows"]["absolute positions"]["psnr"]
+    with pytest.raises(data.Fail, match="--window"):
+        bench.main(["long", "--seconds", "25"])
+
+
+def test_drift_and_border_jump_by_hand():
+    truth = torch.full((24, 32, 32, 3), 100, dtype=torch.uint8)
+    redder = truth.clone()
+    redder[..., 0] += 6
+    assert quality.drift(redder, truth) == pytest.approx([6, 6, 12 ** .5], abs=1e-3)
+    moving = (torch.arange(24)[:, None, None, None] * 2 + (torch.arange(24) >= 12)[:, None, None, None] * 2).expand(-1, 32, 32, 3).to(torch.uint8)
+    assert quality.border_jump(moving, 12) == pytest.approx(4)
+
+
+def test_cross_is_another_voice():
+    (source, truth, other), = quality.clips_of("cross", 1, 32)
+    dub = data.dub_pair(0, 96, 32)[1]
+    assert torch.equal(source.video[:, :8], truth.video[:, :8]) and not (truth.audio == dub.audio).all()
+    assert (other.audio == truth.audio).all() and (other.mouth == truth.mouth).all() and not torch.equal(other.video, truth.video)
