@@ -226,11 +226,11 @@ def border_jump(video, n):
 
 def long(cfg):
     """Minutes of streaming: is the last one as good as the first, and what holds it up?"""
+    if cfg.seconds % cfg.window or cfg.seconds < 2 * cfg.window:
+        raise Fail(f"--seconds {cfg.seconds} must be two or more times --window {cfg.window}")
     device, path = start(cfg), Path(cfg.weights or Path(__file__).parent / "weights" / cfg.config / "student.pt")
     student, judge = nn_model.load_dit(path, device, runtime.fast_dtype(device)), syncnet.load_syncnet(path.parent / "judge.pt", device)
     n, per = 4 * student.cfg.chunk, cfg.window * data.FPS
-    if cfg.seconds % cfg.window or cfg.seconds < 2 * cfg.window:
-        raise Fail(f"--seconds {cfg.seconds} must be two or more times --window {cfg.window}")
     source, truth = data.dub_pair(cfg.seed, cfg.seconds * data.FPS, student.cfg.size)
     cut = lambda clip: [data.Clip(clip.video[a:a + per], clip.audio[a * 640:(a + per) * 640], clip.mouth[a:a + per])      # noqa: E731
                         for a in range(0, len(clip.video), per)]
