@@ -78,9 +78,9 @@ def peak_gflops(device):
 def flops(cfg, latents, keys=None):
     """Multiply-adds times two over `latents` latent frames, each attending to `keys` (default: all) -> one pass; of it, its input
     layer; of it, its head; and apart from it, embedding the conditions, once for any number of passes."""
-    N, D, P = nn_model.tokens(cfg), cfg.width, 12 * cfg.patch ** 2
+    N, D, P, S = nn_model.tokens(cfg), cfg.width, 12 * cfg.patch ** 2, nn_model.SEEN
     blocks = cfg.depth * (12 * D * D + 2 * D * N * (keys or latents))
-    return [2 * latents * N * x for x in (blocks + D * P * (1 + 2.25), D * P, D * P * 2.25, D * P * 4)]
+    return [2 * latents * N * x for x in (blocks + D * P * (1 + 2.25), D * P, D * P * 2.25, 4 * S * (P + D))]
 
 
 def chunk_flops(cfg):

@@ -122,7 +122,7 @@ def robustness(net, size, n, device):
 
 
 def summary(values):
-    """Clips' values -> mean and half its 95% interval; NaN clips (no pause in it) do not count."""
+    """Clips' values -> mean and half its 95% interval; NaN clips (without a pause) do not count."""
     values = values[values.isfinite()].double()
     return values.mean().item(), (1.96 * values.std() / len(values) ** .5).item()
 
@@ -142,7 +142,7 @@ def quality(cfg):
     print("\n| offset found to within a frame | " + " | ".join(results["offsets"]["judge"]) + " |\n|---" + "|---" * 6 + "|")
     for name, found in results["offsets"].items():
         print(f"| {name} | " + " | ".join(f"{v:.1%}" for v in found.values()) + " |")
-    print(json.dumps(results))
+    print(json.dumps(results).replace("NaN", "null"))
 
 
 def quality_of(kind, cfg, networks, judge, device):
@@ -185,7 +185,27 @@ def quality_of(kind, cfg, networks, judge, device):
         named["student"] = "student"
     table(kind, rows)
     sheet(f"{cfg.out}/quality-{cfg.config}-{kind}.png", [v.cpu() for v in videos])
+    if many:
+        front_figure(f"{cfg.out}/front-{cfg.config}.png", rows)
     return dict(rows={name: rows[row] for name, row in named.items()}, ceiling=rows["truth, other detail"], all=rows)
+
+
+def front_figure(path, rows):
+    """Mouth PSNR against Sync-C: the teacher over its guidance and over its steps, the student, the truth's Sync-C."""
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    taught = [row for name, row in rows.items() if name.startswith("teacher")]
+    for key, word, line in (("guidance", "guidance", [r for r in taught if r["steps"] == sample.STEPS]),
+                            ("steps", "steps", sorted((r for r in taught if r["guidance"] == 1), key=lambda r: r["steps"]))):
+        axis.plot([r["sync_c"] for r in line], [r["psnr"] for r in line], marker="o", ms=4, label=f"teacher, by {word}")
+        for row in line:
+            axis.annotate(f" {row[key]:g}", (row["sync_c"], row["psnr"]), fontsize=8)
+    if "student" in rows:
+        axis.plot(rows["student"]["sync_c"], rows["student"]["psnr"], "r*", ms=12, label="student")
+    axis.axvline(rows["truth"]["sync_c"], color="gray", lw=.8, label="the truth's Sync-C")
+    axis.set(xlabel="Sync-C (judge)", ylabel="mouth PSNR (dB)")
+    axis.legend()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 @dataclasses.dataclass
@@ -214,7 +234,8 @@ def drift(dub, truth):
     """How far the mean picture of a window (T, S, S, 3) is from the truth's -> largest mean difference of a colour in the mouth mask, the same
     outside it, and the root mean square difference of the pixels in the mask (identity); all in levels of 255."""
     mask, off = data.mouth_mask(dub.shape[1]).to(dub.device)[..., None], dub.float().mean(0) - truth.float().mean(0)
-    return [((off * m).sum((0, 1)) / m.sum()).abs().max().item() for m in (mask, (mask == 0).float())] + [((off ** 2 * mask).sum() / 3 / mask.sum()).sqrt().item()]
+    colour = [((off * m).sum((0, 1)) / m.sum()).abs().max().item() for m in (mask, (mask == 0).float())]
+    return [*colour, ((off ** 2 * mask).sum() / 3 / mask.sum()).sqrt().item()]
 
 
 def border_jump(video, n):

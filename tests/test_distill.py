@@ -157,6 +157,17 @@ def test_the_whole_job_then_again_then_with_other_settings(cfg, capsys, tmp_path
         distill.main(["--config", "tiny", "--out", str(tmp_path / "other"), "--teacher", str(tmp_path / "teacher.pt"), "--width", "48", "--clips", "2"])
 
 
+def test_base_takes_its_steps(expert, tmp_path):
+    """The config for a GPU, at a small batch: 128 pixels, 32 tokens a latent frame."""
+    cfg = distill.Config(**dict(distill.PRESETS["base"], config="base", out=str(tmp_path), clips=2, clip_latents=18, teacher_steps=2, teacher_batch=2))
+    samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, CPU, runtime.fast_dtype(CPU))
+    watch = data.held_out(1, cfg.size, "watch", CPU, latents=12)
+    distill.train_teacher(cfg, samples, expert, expert, watch, CPU)
+    teacher = nn_model.load_dit(f"{cfg.out}/teacher.pt")
+    frames = torch.cat(list(sample.stream(teacher, watch.source[0, :20], torch.zeros(20 * 640))))
+    assert sum(p.numel() for p in teacher.parameters()) > 28e6 and frames.shape == (20, 128, 128, 3)
+
+
 @pytest.mark.parametrize("stage", ["teacher", "dmd"])
 def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expert, tmp_path):
     """Stop after half, go on: bit for bit the weights of the run that was not stopped."""
