@@ -24,7 +24,7 @@ import syncnet
 from data import Fail
 from model import SIZES, Cache, Cond, DiT, model_fields, save_dit
 from runtime import Log, Progress, mean_over_ranks, mine, mixed, noise_like, ranks
-from sample import SHIFT, TIMES, add_noise, clock, dub_student, dub_teacher, guided, null_audio, shift, side_by_side, stream, tau
+from sample import SHIFT, TIMES, add_noise, clock, dub_student, dub_teacher, generate, guided, in_chunks, null_audio, shift, side_by_side, stream, tau
 
 
 @dataclasses.dataclass
@@ -224,26 +224,20 @@ def train_init(cfg, teacher, samples, judge, watch, device):
 
 
 # ------------------------------------------------------------------------------------------------------------------ dmd
-def rollout(model, fast, cond, audio, call, times, with_grad, device):
+def rollout(model, fast, cond, audio, call, times, device):
     """Self-forcing: the student's own clip (B, L, N, P), chunk by chunk as at inference, stopped at the drawn `call` in every
     chunk. Only that call carries gradient; all others run on `fast`, the same weights cast once, as at inference. cond, audio: the
-    whole clip's, with gradient."""
-    L, chunk, outputs = cond.known.shape[1], model.cfg.chunk, []
-    cache = Cache(model, len(cond.known), runtime.fast_dtype(device))
-    for a in range(0, L, chunk):
-        part, heard = Cond(*(c[:, a:a + chunk] for c in cond)), audio[:, a:a + chunk]
+    whole clip's, with gradient. (Where none is needed, `sample.generate` with times[: call + 1] does the same in fewer calls.)"""
+    cache, outputs = Cache(model, len(cond.known), runtime.fast_dtype(device)), []
+    for part, heard in in_chunks(cond, audio, model.cfg.chunk):
         still = Cond(*(c.detach() for c in part)), heard.detach()
-        x = noise_like(part.known)
+        x = noise_like(part.known.float())
         for i in range(call):
             with torch.no_grad():
                 x0 = fast(x, times[i], *still, cache=cache).float()
             x = add_noise(x0, noise_like(x0), times[i + 1])
-        if with_grad:
-            with mixed(device):
-                x0 = model(x, times[call], part, heard, cache=cache).float()
-        else:
-            with torch.no_grad():
-                x0 = fast(x, times[call], *still, cache=cache).float()
+        with mixed(device):
+            x0 = model(x, times[call], part, heard, cache=cache).float()
         outputs.append(x0)
         with torch.no_grad():
             fast(x0.detach(), 0., *still, cache=cache, write=True)
@@ -320,8 +314,10 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
             net = student if moves else fast
             with torch.enable_grad() if moves else torch.no_grad(), mixed(device):
                 cond, audio = net.embed_cond(batch.source, batch.reference), net.embed_audio(batch.heard)
-            X = rollout(student, fast, cond, audio, call, cfg.times, moves, device)
-            if moves:
+            if not moves:
+                X = torch.cat(list(generate(fast, in_chunks(cond, audio, cfg.chunk), cfg.times[: call + 1], noise_like)), 1)
+            else:
+                X = rollout(student, fast, cond, audio, call, cfg.times, device)
                 t = draw_t()
                 with torch.no_grad(), mixed(device):
                     x_t = add_noise(X, noise_like(X), t)

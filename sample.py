@@ -129,9 +129,21 @@ def dub_teacher(model, source, mel, steps=STEPS, guidance=1., latents=12, seed=0
 
 
 # ------------------------------------------------------------------------------------------- student: two steps a chunk
+def in_chunks(cond, audio, k):
+    """Conditions of a whole clip -> [(Cond, audio)] of k latent frames each."""
+    return [(Cond(*(c[:, a:a + k] for c in cond)), audio[:, a:a + k]) for a in range(0, audio.shape[1], k)]
+
+
+def seeded(seed):
+    """Like torch.randn_like, the same numbers on every device."""
+    rng = torch.Generator().manual_seed(seed)
+    return lambda x: torch.randn(x.shape, generator=rng).to(x.device)
+
+
 @torch.no_grad()
-def generate(model, conditions, times=None, rng=None):
-    """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each.
+def generate(model, conditions, times=None, noise=torch.randn_like):
+    """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each. noise(x): Gaussian
+    noise of the shape of x.
 
     The paper's three passes a chunk: noise -> x0, re-noised with fresh noise -> x0, and one at t = 0 that writes the cache. The
     last is not needed before the next chunk, so it runs in one forward with that chunk's first: two calls a chunk, the same numbers.
@@ -139,15 +151,14 @@ def generate(model, conditions, times=None, rng=None):
     A model that is to be compiled (`model.compile(dynamic=False, mode="reduce-overhead")`: CUDA graphs) is so from when the window is full."""
     cache, before, times = None, None, times or model.times or TIMES
     for cond, audio in conditions:
-        device, k = cond.known.device, model.cfg.chunk
-        noise = lambda: torch.randn(cond.known.shape, generator=rng).to(device)   # noqa: E731
+        device, k, empty = cond.known.device, model.cfg.chunk, cond.known.float()
         with mixed(device):
             if cache is None:
                 cache, mods = Cache(model, len(cond.known), runtime.fast_dtype(device)), [model.modulation(t) for t in times]
                 joint = torch.cat([model.modulation(0.).expand(-1, k, -1, -1), mods[0].expand(-1, k, -1, -1)], 1)
             call = model if cache.full else model.forward        # the second is never compiled
             for i, t in enumerate(times):
-                x = add_noise(x0, noise(), t) if i else noise()                   # noqa: F821
+                x = add_noise(x0, noise(empty), t) if i else noise(empty)                   # noqa: F821
                 if i == 0 and before is not None:
                     both = [torch.cat(pair, 1) for pair in zip((before[0], *before[1], before[2]), (x, *cond, audio))]
                     x0 = call(both[0], joint, Cond(*both[1:3]), both[3], cache=cache, write=True)
@@ -160,12 +171,11 @@ def generate(model, conditions, times=None, rng=None):
 
 def dub_student(model, source, mel, times=None, seed=0):
     """Dub a batch of whole clips chunk by chunk. source (B, T, S, S, 3) uint8, T a multiple of a chunk's frames -> uint8 like source."""
-    rng, L, p = torch.Generator().manual_seed(seed), model.cfg.chunk, model.cfg.patch
+    p = model.cfg.patch
     reference, source = patchify(to_float(previous_chunk(source, model.cfg)), p), patchify(to_float(source), p)
     with mixed(source.device), torch.no_grad():
         cond, audio = model.embed_cond(source, reference), model.embed_audio(mel_windows(mel, model.cfg))
-    parts = [(Cond(cond.known[:, a:a + L], cond.tokens[:, a:a + L]), audio[:, a:a + L]) for a in range(0, audio.shape[1], L)]
-    return to_uint8(picture(torch.cat(list(generate(model, parts, times, rng)), 1), source, p))
+    return to_uint8(picture(torch.cat(list(generate(model, in_chunks(cond, audio, model.cfg.chunk), times, seeded(seed))), 1), source, p))
 
 
 def stream(model, source, audio, times=None, seed=0):
@@ -192,7 +202,7 @@ def stream(model, source, audio, times=None, seed=0):
             before, under_way[:] = patches, [patches, len(taken)]
             yield parts
 
-    for x0 in generate(model, chunks(), times, torch.Generator().manual_seed(seed)):
+    for x0 in generate(model, chunks(), times, seeded(seed)):
         patches, length = under_way
         yield to_uint8(picture(x0, patches, cfg.patch))[0, :length].cpu()
 

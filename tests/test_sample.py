@@ -10,6 +10,7 @@ import torch
 
 import data
 import model as nn_model
+import runtime
 import sample
 
 ROOT = Path(__file__).parent.parent
@@ -72,18 +73,15 @@ def test_the_stream_equals_the_batch(tiny):
 def test_two_calls_a_chunk_equal_the_three_passes(tiny, parts):
     """The cache pass rides with the next chunk's first pass; done one by one as in the paper, the same numbers come out."""
     _, cond, audio = parts(15, 1)
-    chunks = [(nn_model.Cond(*(c[:, a:a + 3] for c in cond)), audio[:, a:a + 3]) for a in range(0, 15, 3)]
-    rng, cache, separate = torch.Generator().manual_seed(2), nn_model.Cache(tiny, 1), []
+    chunks, noise, cache, separate = sample.in_chunks(cond, audio, 3), sample.seeded(2), nn_model.Cache(tiny, 1), []
     for part, heard in chunks:
-        noise = lambda: torch.randn(part.known.shape, generator=rng)                      # noqa: E731, B023
-        x0 = tiny(noise(), sample.TIMES[0], part, heard, cache=cache)
-        x0 = tiny(sample.add_noise(x0, noise(), sample.TIMES[1]), sample.TIMES[1], part, heard, cache=cache)
+        x0 = tiny(noise(part.known), sample.TIMES[0], part, heard, cache=cache)
+        x0 = tiny(sample.add_noise(x0, noise(x0), sample.TIMES[1]), sample.TIMES[1], part, heard, cache=cache)
         tiny(x0, 0., part, heard, cache=cache, write=True)
         separate.append(x0)
     with pytest.MonkeyPatch.context() as patch:
-        for where in (sample, nn_model):
-            patch.setattr(where, "mixed" if where is sample else "fast_dtype", (lambda d: torch.no_grad()) if where is sample else lambda d: torch.float32)
-        together = list(sample.generate(tiny, chunks, rng=torch.Generator().manual_seed(2)))
+        patch.setattr(runtime, "fast_dtype", lambda device: torch.float32)
+        together = list(sample.generate(tiny, chunks, noise=sample.seeded(2)))
     torch.testing.assert_close(torch.cat(together), torch.cat(separate), atol=1e-5, rtol=0)
 
 
