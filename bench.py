@@ -5,6 +5,7 @@
     python bench.py attention --config small    # the causal clip: a call a chunk, against one call with a mask, and flex_attention
     python bench.py quality --config small      # the judge's table, see quality.py
     python bench.py long --config small         # three minutes streamed
+    python bench.py ablate --config small       # the distillation with one thing changed at a time
 
 FPS: frames out over wall time, everything from raw pixels and samples to uint8 frames in host memory included. TTFF: from the
 moment the first chunk's pixels and samples are in memory to its first frame as uint8. One stream, batch 1. Speed does not depend
@@ -35,7 +36,7 @@ import sample
 import syncnet
 from data import Fail, patchify, to_float, to_uint8
 from model import Cache, Config, DiT
-from quality import Long, Quality, about, long, quality, start
+from quality import Ablate, Long, Quality, ablate, about, long, quality, start
 from runtime import mixed
 
 
@@ -47,6 +48,7 @@ class Speed:
     rounds: int = 5         # times that each row is measured, taking turns
     seconds: float = 4.8    # of video in each
     training: bool = True   # time training steps too
+    compile: bool = False   # a row for the student under torch.compile, with CUDA graphs on a GPU
     memory: bool = True     # and the peak memory of dubbing 30 and 180 seconds
     chunks: int = 300       # in the figure, at least 104
     seed: int = 0
@@ -197,6 +199,11 @@ def speed(cfg):
         yield sample.dub_teacher(model, source[:, :window].to(device), mel, guidance=scale, latents=recipe.latents)[0]
 
     rows = {"student": lambda: sample.stream(model, clip.video, clip.audio), "teacher_guided": lambda: teacher(recipe.guidance), "teacher": lambda: teacher(1.)}
+    if cfg.compile:
+        compiled = copy.copy(model)
+        compiled.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+        rows["student_compiled"] = lambda: sample.stream(compiled, clip.video, clip.audio)
+        list(rows["student_compiled"]())
     list(rows["student"]())
     measured = {name: [] for name in rows}
     for _ in range(cfg.rounds):
@@ -215,6 +222,8 @@ def speed(cfg):
         passes_per_chunk=len(sample.TIMES) + 1, calls_per_chunk=len(sample.TIMES), ms=parts),
         teacher_guided=dict(fps=middle["teacher_guided"], ttff_s=ttff["teacher_guided"]), teacher=dict(fps=middle["teacher"], ttff_s=ttff["teacher"]),
         attention=kernels(model, device), ratio=ratio, bound=bound, stream_gflops=work, teacher_gflops=teacher_work, peak_gflops=peak)
+    if cfg.compile:
+        result["student_compiled"] = dict(fps=middle["student_compiled"], ttff_s=ttff["student_compiled"])
     if cfg.training:
         result["train"] = training(cfg.config, device, peak)
     if cfg.memory and sys.platform == "linux":
@@ -302,7 +311,7 @@ def attention(cfg):
     print(json.dumps(dict(about("attention", cfg, device), rows=rows)))
 
 
-BENCHES = {"speed": (Speed, speed), "attention": (Attention, attention), "quality": (Quality, quality), "long": (Long, long)}
+BENCHES = {"speed": (Speed, speed), "attention": (Attention, attention), "quality": (Quality, quality), "long": (Long, long), "ablate": (Ablate, ablate)}
 
 
 def main(argv):

@@ -2,10 +2,13 @@
 
     python bench.py quality --config small              # the table: truth, teacher, student; --set self, cross or all; --clips 16 for less
     python bench.py long --config small                 # three minutes streamed, and other caches
+    python bench.py ablate --config small               # the distillation with one thing changed at a time; --only reward,window
 """
+import contextlib
 import copy
 import dataclasses
 import json
+import shutil
 import statistics
 import sys
 import unittest.mock
@@ -136,8 +139,9 @@ def quality(cfg):
     networks = {name: nn_model.load_dit(folder / f"{name}.pt", device, runtime.fast_dtype(device))
                 for name in ("teacher", "student") if name == "teacher" or (folder / f"{name}.pt").is_file()}
     experts = {name: syncnet.load_syncnet(folder / f"{name}.pt", device) for name in ("judge", "syncnet")}
-    results = dict(about("quality", cfg, device), clips=cfg.clips)
-    results["sets"] = [dict(set=kind, **quality_of(kind, cfg, networks, experts["judge"], device)) for kind in sets]
+    first, *others = [dict(set=kind, **quality_of(kind, cfg, networks, experts["judge"], device)) for kind in sets]
+    results = dict(about("quality", cfg, device), **first, others=others)
+    results["clips"] = cfg.clips
     results["offsets"] = {name: robustness(net, networks["teacher"].cfg.size, cfg.clips, device) for name, net in experts.items()}
     print("\n| offset found to within a frame | " + " | ".join(results["offsets"]["judge"]) + " |\n|---" + "|---" * 6 + "|")
     for name, found in results["offsets"].items():
@@ -290,6 +294,81 @@ def long(cfg):
     first, last = ends["student"]["first"], ends["student"]["last"]
     print(json.dumps(dict(about("long", cfg, device), first=first, last=last, border_jump=rows["student"]["border_jump"],
                           colour_drift=last["colour"] - first["colour"], rows=rows)))
+
+
+@dataclasses.dataclass
+class Ablate:
+    config: str = "small"
+    weights: str = ""       # folder of teacher.pt, judge.pt, syncnet.pt; weights/CONFIG if not given
+    only: str = ""          # rows whose names hold one of these words, with commas between
+    updates: int = 0        # of the student; as many as distill.py does if 0
+    train_clips: int = 600
+    clips: int = 64         # to judge on
+    split: str = "held-out"  # the people in them; watch to choose settings by
+    seeds: int = 1
+    device: str = ""
+    threads: int = 0
+    seed: int = 0
+    zero = ("seed", "threads", "updates")
+    out: str = "out/bench"
+
+
+VARIANTS = {
+    "as it is": {},
+    "window off: never guided": dict(sync_window="off"),
+    "window reversed: guided outside it": dict(sync_window="reversed"),
+    "guided everywhere": dict(sync_window="all"),
+    "no reward": dict(beta=0.),
+    "beta 2": dict(beta=2.),
+    "beta 2, raw weights (paper)": dict(beta=2., raw_weights=True),
+    "guidance 4.5 (paper)": dict(guidance=4.5),
+    "1 critic update to one of the student": dict(critic_updates=1),
+    "landing 20": dict(landing=20),
+    "landing 40": dict(landing=40),
+    "1 step": dict(student_steps=1),
+    "4 steps": dict(student_steps=4),
+}
+
+
+def ablate(cfg):
+    """The distillation again with one thing changed at a time: init (once for each grid of times), dmd, and the judge."""
+    device, folder, home = start(cfg), Path(cfg.weights or Path(__file__).parent / "weights" / cfg.config), Path(cfg.out) / "ablate"
+    wanted = {name: fields for name, fields in VARIANTS.items() if any(word.strip() in name for word in cfg.only.split(","))}
+    if not wanted or cfg.split not in data.SPLITS:
+        raise Fail(f"--only {cfg.only}: no row is called so; --split {cfg.split}: one of {', '.join(data.SPLITS)}")
+    experts = {name: syncnet.load_syncnet(folder / f"{name}.pt", device) for name in ("judge", "syncnet")}
+    base = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config, clips=cfg.train_clips))
+    base.dmd_steps = cfg.updates or base.dmd_steps
+    teacher = nn_model.load_dit(folder / "teacher.pt", device).requires_grad_(False)
+    samples = data.Samples(data.Bank(base.size, 4 * base.clip_latents, base.clips), base, device, runtime.fast_dtype(device))
+    watch, pairs = data.held_out(4, base.size, "watch", device), data.held_out(cfg.clips, base.size, cfg.split, device)
+    inits, rows = {}, []
+
+    def judge_row(name, seed, net, times):
+        dub = torch.cat([sample.dub_student(net, s, m, times) for s, m in zip(pairs.source.split(16), pairs.mel.split(16))])
+        q = syncnet.judged(dub, pairs, experts["judge"])
+        rows.append(dict(name=name, seed=seed, reward_c=syncnet.score(experts["syncnet"], dub, pairs.mel)[0].mean().item(), **q))
+        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k not in ("name", "seed")), file=sys.stderr, flush=True)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            for i, (name, fields) in enumerate(wanted.items()):
+                c = dataclasses.replace(base, seed=seed, out=str(home / f"{seed}-{i}"), **fields)
+                shutil.rmtree(c.out, ignore_errors=True)
+                Path(c.out).mkdir(parents=True)
+                grid = seed, c.times
+                if grid not in inits:
+                    distill.train_init(c, teacher, samples, experts["judge"], watch, device)
+                    inits[grid] = nn_model.load_dit(f"{c.out}/init.pt", device).requires_grad_(False)
+                    judge_row(f"init alone, {len(c.times)} steps, landing {c.landing}", seed, inits[grid], c.times)
+                distill.train_dmd(c, teacher, copy.deepcopy(inits[grid]), samples, experts["syncnet"], experts["judge"], watch, device)
+                judge_row(name, seed, nn_model.load_dit(f"{c.out}/student.pt", device, runtime.fast_dtype(device)), c.times)
+    columns = dict(sync_c=("Sync-C", 3), reward_c=("Sync-C by the reward network", 3), psnr=("PSNR dB", 2), landmark=("landmark %", 2))
+    print(f"{base.dmd_steps} updates, {cfg.clips} clips of {cfg.split}\n\n| | " + " | ".join(t for t, _ in columns.values()) + " |\n|---|---|---|---|---|")
+    for name in dict.fromkeys(r["name"] for r in rows):
+        means = {k: statistics.mean(r[k] for r in rows if r["name"] == name) for k in columns}
+        print(f"| {name} | " + " | ".join(f"{means[k]:.{n}f}" for k, (_, n) in columns.items()) + " |")
+    print(json.dumps(dict(about("ablate", cfg, device), clips=cfg.clips, updates=base.dmd_steps, rows=rows)))
 
 
 def table(kind, rows):

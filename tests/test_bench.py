@@ -30,12 +30,13 @@ def test_quality_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
         runtime.save(tmp_path / f"{name}.pt", kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
     bench.main(["quality", "--config", "tiny", "--clips", "2", "--front", "0", "--weights", str(tmp_path), "--out", str(tmp_path)])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    rows = result["sets"][0]["rows"]
-    assert set(rows) == {"truth", "teacher", "teacher_guided", "student"} and rows["student"]["fps"] > rows["teacher_guided"]["fps"] > 0
+    rows = result["rows"]
+    assert result["set"] == "dub" and result["clips"] == 2 and set(rows) == {"truth", "teacher", "teacher_guided", "student"}
+    assert rows["student"]["fps"] > rows["teacher_guided"]["fps"] > 0
     assert rows["truth"]["psnr"] > 70 and rows["truth"]["ssim"] == pytest.approx(1) and rows["truth"]["seams"] == pytest.approx(1)
     for worse in ("teacher", "student"):
         assert rows[worse]["sync_c"] < rows["truth"]["sync_c"] and rows[worse]["ssim"] < .95 and rows[worse]["landmark"] > rows["truth"]["landmark"]
-    assert rows["student"]["psnr"] < result["sets"][0]["ceiling"]["psnr"] < 40 and rows["truth"]["opening"] > .5
+    assert rows["student"]["psnr"] < result["ceiling"]["psnr"] < 40 and rows["truth"]["opening"] > .5
     assert result["offsets"]["judge"]["clean"] in (0, .5, 1) and (tmp_path / "quality-tiny-dub.png").is_file()
 
 
@@ -86,3 +87,16 @@ def test_cross_is_another_voice():
     dub = data.dub_pair(0, 96, 32)[1]
     assert torch.equal(source.video[:, :8], truth.video[:, :8]) and not (truth.audio == dub.audio).all()
     assert (other.audio == truth.audio).all() and (other.mouth == truth.mouth).all() and not torch.equal(other.video, truth.video)
+
+
+def test_ablate_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
+    nn_model.save_dit(tmp_path / "teacher.pt", tiny, cfg, "teacher", 0)
+    for name in ("judge", "syncnet"):
+        runtime.save(tmp_path / f"{name}.pt", kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
+    bench.main(["ablate", "--config", "tiny", "--weights", str(tmp_path), "--out", str(tmp_path), "--only", "1 step", "--updates", "1",
+                "--train_clips", "6", "--clips", "2"])
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert [r["name"] for r in rows] == ["init alone, 1 steps, landing 30", "1 step"]
+    assert all(0 < r["psnr"] < 40 and r["landmark"] > 0 for r in rows)
+    with pytest.raises(data.Fail, match="no row is called so"):
+        bench.main(["ablate", "--only", "love"])
