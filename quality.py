@@ -341,7 +341,7 @@ def ablate(cfg):
     base.dmd_steps = cfg.updates or base.dmd_steps
     teacher = nn_model.load_dit(folder / "teacher.pt", device).requires_grad_(False)
     samples = data.Samples(data.Bank(base.size, 4 * base.clip_latents, base.clips), base, device, runtime.fast_dtype(device))
-    watch, pairs = data.held_out(4, base.size, "watch", device), data.held_out(cfg.clips, base.size, cfg.split, device)
+    watch, pairs = data.held_out(8, base.size, "watch", device), data.held_out(cfg.clips, base.size, cfg.split, device)
     inits, rows = {}, []
 
     def judge_row(name, seed, net, times):
