@@ -3,6 +3,7 @@
     python bench.py speed --config tiny         # frames a second, time to the first frame, each pass, training steps, memory
     python bench.py speed --config small --threads 1
     python bench.py attention --config small    # the causal clip: a call a chunk, against one call with a mask, and flex_attention
+    python bench.py cost --config base          # parameters, memory and arithmetic, counted, not timed
     python bench.py quality --config small      # the judge's table, see quality.py
     python bench.py long --config small         # three minutes streamed
     python bench.py ablate --config small       # the distillation with one thing changed at a time
@@ -91,6 +92,13 @@ def chunk_flops(cfg):
     return 3 * one - head + conditions
 
 
+def teacher_flops(cfg, latents):
+    """A teacher step, of one sample. Backward is twice forward, less the gradient of what is not trained: the pixels that go into the input
+    layer and the conditions."""
+    one, entry, _, conditions = flops(cfg, latents)
+    return 3 * one - entry + 2 * conditions
+
+
 def passes(model, clip, device, rounds):
     """Milliseconds of each part of a chunk, once the window is full: {part: median}. The cache pass stands alone here; a stream runs it
     together with the next chunk's pass 1."""
@@ -143,9 +151,8 @@ def training(name, device, peak):
         teacher_s = steps_of(lambda: distill.train_teacher(cfg, samples, judge, judge, watch, device), folder, "teacher")
         net = nn_model.load_dit(f"{folder}/teacher.pt", device).requires_grad_(False)
         update_s = steps_of(lambda: distill.train_dmd(cfg, net, copy.deepcopy(net), samples, judge, judge, watch, device), folder, "dmd")
-    # Backward is twice forward, less the gradient of what is not trained: the pixels that go into the input layer and the conditions.
     one, entry, head, conditions = flops(net.cfg, cfg.latents)
-    step = 3 * one - entry + 2 * conditions
+    step = teacher_flops(net.cfg, cfg.latents)
     # Per critic update a rollout (one and a half calls on average, the cache pass without its head) and a step of the critic; then
     # the student's backward, the teacher (twice where it is guided) and the critic's guess.
     rollout, guided = .5 * (1 + len(cfg.times)) * one + one - head + conditions, (cfg.band_last - cfg.band_first) / 50
@@ -311,7 +318,44 @@ def attention(cfg):
     print(json.dumps(dict(about("attention", cfg, device), rows=rows)))
 
 
-BENCHES = {"speed": (Speed, speed), "attention": (Attention, attention), "quality": (Quality, quality), "long": (Long, long), "ablate": (Ablate, ablate)}
+@dataclasses.dataclass
+class Cost:
+    config: str = "base"
+    seed: int = 0
+
+
+def cost(cfg):
+    """What a config needs, counted and not timed: parameters, FLOPs, and the bytes that a teacher step keeps for its backward."""
+    if cfg.config not in nn_model.SIZES:
+        raise Fail(f"--config {cfg.config}: one of {', '.join(nn_model.SIZES)}")
+    recipe, kept = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config)), {}
+    net = DiT(Config(**nn_model.model_fields(recipe)))
+    parameters = sum(p.numel() for p in net.parameters())
+
+    def keep(x):
+        if not isinstance(x, torch.nn.Parameter):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    x0 = torch.randn(1, recipe.latents, *net.mask.shape)
+    windows = data.mel_windows(torch.zeros(1, 16 * recipe.latents, data.MELS), net.cfg)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        cond, audio = net.embed_cond(x0.repeat(1, 1, 1, 2), x0.repeat(1, 1, 1, 2)), net.embed_audio(windows)
+        loss = distill.flow_loss(net, x0, cond, audio, torch.full((1, 1), .5), recipe.weight_clip, recipe.edges)
+    n, step = recipe.teacher_batch, recipe.teacher_batch * teacher_flops(net.cfg, recipe.latents)
+    result = dict(about("cost", cfg, "cpu"), parameters=parameters, tokens=nn_model.tokens(net.cfg), chunk_gflop=chunk_flops(net.cfg) / 1e9,
+                  sample_mb=sum(kept.values()) / 1e6, step_gb=n * sum(kept.values()) / 1e9, state_gb=20 * parameters / 1e9,
+                  clips_gb=recipe.clips * recipe.clip_latents * 12 * net.cfg.size ** 2 / 1e9, step_tflop=step / 1e12,
+                  run_pflop=recipe.teacher_steps * step / 1e15)
+    r = {k: f"{v:.3g}" for k, v in result.items() if isinstance(v, float)}
+    print(f"{cfg.config}: {parameters / 1e6:.1f}M parameters, {result['tokens']} tokens to a latent frame; a streamed chunk is {r['chunk_gflop']} GFLOP\n"
+          f"teacher: a step of batch {n} is {r['step_tflop']} TFLOP, all {recipe.teacher_steps} are {r['run_pflop']} PFLOP\n"
+          f"memory: {r['sample_mb']} MB a sample kept for backward, {r['step_gb']} GB a step (loss {loss.item():.2f}); {r['state_gb']} GB for weights,\n"
+          f"average, gradients and moments in float32; {r['clips_gb']} GB for {recipe.clips} clips")
+    print(json.dumps(result))
+
+
+BENCHES = {"speed": (Speed, speed), "cost": (Cost, cost), "attention": (Attention, attention), "quality": (Quality, quality), "long": (Long, long),
+           "ablate": (Ablate, ablate)}
 
 
 def main(argv):

@@ -169,14 +169,14 @@ class Batch(NamedTuple):
 
 
 class Samples:
-    """Training samples out of a Bank, cut into patches once."""
+    """Training samples out of a Bank, cut into patches once, in its own memory: gigabytes need not fit twice. It is empty afterwards."""
 
     def __init__(self, bank, cfg, device, dtype=torch.float32):
         self.cfg, self.dtype, self.mel = cfg, dtype, bank.mel.to(device)
-        first = patchify(bank.video[:1], cfg.patch)
-        self.patches = torch.empty(len(bank.video), *first.shape[1:], dtype=torch.uint8, device=device)
-        for i, video in enumerate(bank.video):
-            self.patches[i] = patchify(video[None], cfg.patch)[0]
+        for video in bank.video:
+            video.view(-1)[:] = patchify(video[None], cfg.patch).flatten()
+        n, T = bank.video.shape[:2]
+        self.patches, bank.video = bank.video.view(n, T // 4, -1, 24 * cfg.patch ** 2).to(device), None
         self.heard = mel_windows(self.mel, cfg)
         if self.patches.shape[1] < cfg.latents + 2 * cfg.chunk - 1:
             raise Fail(f"clips of {self.patches.shape[1]} latent frames leave no room for a reference outside {cfg.latents}; raise --clip_latents")

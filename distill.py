@@ -45,6 +45,7 @@ class Config(nn_model.Config):
     # lip-sync experts
     sync_steps: int = 500
     sync_batch: int = 16
+    judge_clips: int = 2000         # people at most that only the judge learns from
     # teacher
     teacher_steps: int = 3000
     teacher_batch: int = 16
@@ -52,6 +53,7 @@ class Config(nn_model.Config):
     muon_lr: float = .02            # Muon's, for the matrices of the blocks
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
+    edges: float = 2.               # weight of the error in the differences between neighbouring pixels; from half of the run on, rising
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
     teacher_ema: float = .998
@@ -61,6 +63,7 @@ class Config(nn_model.Config):
     landing: int = 30               # j of the student's second step (paper: 30)
     student_steps: int = 2          # denoising calls a chunk (paper: 2); more of them divide the way to the landing
     student_ema: float = .95
+    init_clean: float = .5          # chunks shown as the cache will hold them, clean, for later ones to look back at (paper: 0)
     init_lr: float = 2e-4
     # dmd; paper: 600 student updates
     dmd_steps: int = 60             # student updates
@@ -90,12 +93,12 @@ def down_to(last):
 
 
 # The fields that a result depends on.
-EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch"
+EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch", "judge_clips"
 DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": down_to("init_lr"), "student": down_to("raw_weights")}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
-    "small": dict(SIZES["small"], clips=2000, clip_latents=24, sync_steps=900, teacher_steps=13000, teacher_ema=.999, init_steps=500,
+    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, teacher_steps=10000, teacher_ema=.999, init_steps=500,
                   guidance=2., dmd_steps=80),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
@@ -115,10 +118,25 @@ def masked_mse(model, x, y, weight=1.):
     return ((x - y) ** 2 * (weight * model.mask)).mean() / model.mask.mean()
 
 
-def flow_loss(model, x0, cond, audio, t, weight_clip):
+def edge_loss(model, x, y, weight=1.):
+    """Mean squared error of the differences between neighbouring pixels, in x, in y and in time, of (B, L, N, P); weight as above. Squares
+    of linear measures, so their best guess is the same mean as that of the pixels: nothing is biased, but lips, teeth and what moves count for more
+    than large smooth areas, and steps between tokens are seen. In bf16, where that is fast: it is a tenth of a step as it is."""
+    p, n = model.cfg.patch, model.n
+    e = (x - y) * (weight[..., None, None].sqrt() if torch.is_tensor(weight) else weight ** .5)
+    v = e.to(runtime.fast_dtype(x.device)).unflatten(-1, (4, p, p, 3)).unflatten(2, (n // 2, n)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    v = v.flatten(5).flatten(3, 4).flatten(1, 2)                                                          # B T S/2 3S
+    return (v.diff(dim=1).square().mean() + v.diff(dim=2).square().mean() + (v[..., 3:] - v[..., :-3]).square().mean()) / model.mask.mean()
+
+
+def denoising_loss(model, x0_hat, x0, weight, edges=0.):
+    """Pixels, and with weight `edges` their differences."""
+    return masked_mse(model, x0_hat.float(), x0, weight) + (edges * edge_loss(model, x0_hat, x0, weight) if edges else 0.)
+
+
+def flow_loss(model, x0, cond, audio, t, weight_clip, edges=0.):
     """Flow matching with an x0 network, loss in velocity space: |v' - v|^2 = |x0' - x0|^2 / t^2, clipped. t (B, 1)."""
-    x0_hat = model(add_noise(x0, noise_like(x0), t), t, cond, audio)
-    return masked_mse(model, x0_hat.float(), x0, (1 / t ** 2).clamp(max=weight_clip))
+    return denoising_loss(model, model(add_noise(x0, noise_like(x0), t), t, cond, audio), x0, (1 / t ** 2).clamp(max=weight_clip), edges)
 
 
 def rate(step, steps):
@@ -178,7 +196,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
             drop = mine(torch.rand(n, generator=rng) < cfg.audio_drop).to(device)
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
-                loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip)
+                loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, cfg.edges * max(0, 2 * step / cfg.teacher_steps - 1))
             (loss / cfg.accumulate).backward()
         pace = rate(step, cfg.teacher_steps)
         norm = optimizer_step(model, {muon: pace * cfg.muon_lr, adam: pace * cfg.teacher_lr})
@@ -196,7 +214,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
 
 # ------------------------------------------------------------------------------------------------ init: diffusion forcing
 def train_init(cfg, teacher, samples, judge, watch, device):
-    """The teacher's weights under causal attention; every chunk has its own noise level, one of the two of inference."""
+    """The teacher's weights under causal attention; every chunk has its own noise level, one of the two of inference, or is clean."""
     torch.manual_seed(cfg.seed + 1)
     rng = torch.Generator().manual_seed(cfg.seed + 1)
     model = copy.deepcopy(teacher).train().requires_grad_(True)
@@ -207,12 +225,13 @@ def train_init(cfg, teacher, samples, judge, watch, device):
     for step in range(progress.step + 1, cfg.init_steps + 1):
         for _ in range(cfg.accumulate):
             batch = samples.draw(n, rng, *ranks())
-            level = mine(torch.randint(len(grid), (n, -(-cfg.latents // cfg.chunk)), generator=rng))
-            t = grid[level].repeat_interleave(cfg.chunk, 1)[:, : cfg.latents].to(device)             # B L
+            shape = n, -(-cfg.latents // cfg.chunk)
+            level, clean = mine(torch.randint(len(grid), shape, generator=rng)), mine(torch.rand(shape, generator=rng) < cfg.init_clean)
+            t = torch.where(clean, 0., grid[level]).repeat_interleave(cfg.chunk, 1)[:, : cfg.latents].to(device)     # B L
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard)
                 x0_hat = model(add_noise(batch.x0, noise_like(batch.x0), t), t, cond, audio, causal=True)
-                loss = masked_mse(model, x0_hat.float(), batch.x0)
+                loss = denoising_loss(model, x0_hat, batch.x0, (t > 0).float(), cfg.edges)
             (loss / cfg.accumulate).backward()
         norm = optimizer_step(model, {optimizer: cfg.init_lr * rate(step, cfg.init_steps)})
         ema(average, model, cfg.student_ema, step)
@@ -429,14 +448,15 @@ def main(argv):
     @functools.cache
     def bank(split):
         begun = time.time()
-        clips = data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips, split, cfg.folder if split == "train" else "")
+        n, folder = (cfg.clips, cfg.folder) if split == "train" else (min(cfg.clips, cfg.judge_clips), "")
+        clips = data.Bank(cfg.size, 4 * cfg.clip_latents, n, split, folder)
         spent["data"] += time.time() - begun
         print(f"data: {len(clips.video)} clips of {4 * cfg.clip_latents / data.FPS:.1f} s ({split}), {time.time() - begun:.0f} s", flush=True)
         return clips
     @functools.cache
     def samples():
         patches = data.Samples(bank("train"), cfg, device, dtype)
-        bank.cache_clear()                                       # a gigabyte at `small`
+        bank.cache_clear()
         return patches
     def stage(name, train):
         """train(path) unless its result is there -> the path of the result."""

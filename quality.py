@@ -56,9 +56,10 @@ def ssim(video, truth):
     return ((index.mean((0, 1)) * mask).sum() / mask.sum()).item()
 
 
-def border_energy(video, p):
-    """Mean squared difference of neighbouring pixels across the borders of the p x p patches over that inside them, in the mouth mask.
-    video (T, S, S, 3) uint8 -> float; divided by the truth's it is the measure of seams, 1 where there are none."""
+def edges(video, p):
+    """Mean squared difference of neighbouring pixels in the mouth mask: across the borders of the p x p patches, and inside them.
+    video (T, S, S, 3) uint8 -> two floats. Their ratio over the truth's is the measure of seams, 1 where there are none; the second alone
+    over the truth's says how sharp the picture is: 1 if as sharp as the truth, less where it is blurred."""
     mask, total = data.mouth_mask(video.shape[1]).to(video.device), [0., 0., 0., 0.]
     for v, m in ((video.float().mean(3), mask), (video.float().mean(3).transpose(1, 2), mask.T)):
         jump, weight = ((v[:, 1:] - v[:, :-1]) ** 2).mean(0), m[1:] * m[:-1]
@@ -66,7 +67,7 @@ def border_energy(video, p):
         for i, part in enumerate((border, 1 - border)):
             total[2 * i] += (jump * weight * part).sum().item()
             total[2 * i + 1] += (weight * part).sum().item()
-    return total[0] / total[1] / (total[2] / total[3])
+    return total[0] / total[1], total[2] / total[3]
 
 
 def measures(dub, pairs, judge, patch):
@@ -74,16 +75,20 @@ def measures(dub, pairs, judge, patch):
 
     sync_c, sync_d; psnr (dB) and ssim in the mouth mask; landmark: mean error of the mouth's opening and width as the judge reads them off
     the picture, in percent of the picture's side; opening, width: their correlation with the truth over time; silence: the opening, in
-    percent, where the truth's has been shut for 0.2 s around (NaN without such a pause); seams, see border_energy."""
+    percent, where the truth's has been shut for 0.2 s around (NaN without such a pause); seams, sharp: see edges."""
     c, d, _ = syncnet.score(judge, dub, pairs.mel)
     error = syncnet.landmark_error(dub, pairs, judge)
     read, centre = error + pairs.mouth, lambda x: x - x.mean(1, keepdim=True)
     agree = F.cosine_similarity(centre(read), centre(pairs.mouth), dim=1)    # n 2
     shut = F.avg_pool1d((pairs.mouth[..., 0] < .01).float(), 5, 1, 2) > .99
-    rows = [(ssim(v, t), border_energy(v, patch) / border_energy(t, patch)) for v, t in zip(dub, pairs.truth)]
-    return dict(sync_c=c, sync_d=d, psnr=data.mouth_psnr(dub, pairs.truth), ssim=torch.tensor([r[0] for r in rows]),
+    rows = []
+    for v, t in zip(dub, pairs.truth):
+        (border, inside), (true_border, true_inside) = edges(v, patch), edges(t, patch)
+        rows.append((ssim(v, t), border / inside / (true_border / true_inside), inside / true_inside))
+    similar, seams, sharp = torch.tensor(rows).unbind(1)
+    return dict(sync_c=c, sync_d=d, psnr=data.mouth_psnr(dub, pairs.truth), ssim=similar,
                 landmark=100 * error.abs().mean((1, 2)), opening=agree[:, 0], width=agree[:, 1],
-                silence=100 * (read[..., 0] * shut).sum(1) / shut.sum(1), seams=torch.tensor([r[1] for r in rows]))
+                silence=100 * (read[..., 0] * shut).sum(1) / shut.sum(1), seams=seams, sharp=sharp)
 
 
 @dataclasses.dataclass
@@ -164,6 +169,8 @@ def quality_of(kind, cfg, networks, judge, device):
             rows[name][key], rows[name][key + "_ci"] = summary(values)
         print(f"{kind}: {name}, {cfg.clips} clips measured", file=sys.stderr, flush=True)
 
+    name_of = lambda steps, scale: f"teacher, {steps} step{'s' * (steps > 1)}, guidance {scale:g}"          # noqa: E731
+
     def dubbed_by(work):                                             # in batches that fit into any memory
         return torch.cat([work(s, m) for s, m in zip(source.split(16), mel.split(16))])
 
@@ -171,16 +178,16 @@ def quality_of(kind, cfg, networks, judge, device):
         run = lambda s, m: sample.dub_teacher(teacher, s, m, steps, scale, latents)          # noqa: E731
         speed = sample.clock((run(source[:1, :frames], mel[:1, :4 * frames])[0] for _ in "1"), device)
         dub = dubbed_by(run)
-        add(f"teacher, {steps} steps, guidance {scale:g}", dub, speed, steps=steps, guidance=scale)
+        add(name_of(steps, scale), dub, speed, steps=steps, guidance=scale)
         return dub
 
     add("truth", truth)
     add("truth, other detail", torch.stack([c[2].video for c in clips]).to(device))
     front = {scale: teach(steps, scale) for scale in ((1., 1.5, 2., 3., 4.5, 6.) if many else (1., 2., 3.))}
-    best = max(front, key=lambda scale: rows[f"teacher, {steps} steps, guidance {scale:g}"]["sync_c"])
+    best = max(front, key=lambda scale: rows[name_of(steps, scale)]["sync_c"])
     for few in (1, 2, 5, 10) if many else ():
         teach(few, 1.)
-    named = dict(truth="truth", teacher=f"teacher, {steps} steps, guidance 1", teacher_guided=f"teacher, {steps} steps, guidance {best:g}")
+    named = dict(truth="truth", teacher=name_of(steps, 1), teacher_guided=name_of(steps, best))
     videos = [source, front[1.], front[best], truth]
     if student is not None:
         videos.insert(3, dubbed_by(lambda s, m: sample.dub_student(student, s, m)))
@@ -198,9 +205,9 @@ def front_figure(path, rows):
     """Mouth PSNR against Sync-C: the teacher over its guidance and over its steps, the student, the truth's Sync-C."""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
     taught = [row for name, row in rows.items() if name.startswith("teacher")]
-    for key, word, line in (("guidance", "guidance", [r for r in taught if r["steps"] == sample.STEPS]),
-                            ("steps", "steps", sorted((r for r in taught if r["guidance"] == 1), key=lambda r: r["steps"]))):
-        axis.plot([r["sync_c"] for r in line], [r["psnr"] for r in line], marker="o", ms=4, label=f"teacher, by {word}")
+    for key, line in (("guidance", [r for r in taught if r["steps"] == sample.STEPS]),
+                      ("steps", sorted((r for r in taught if r["guidance"] == 1), key=lambda r: r["steps"]))):
+        axis.plot([r["sync_c"] for r in line], [r["psnr"] for r in line], marker="o", ms=4, label=f"teacher, by {key}")
         for row in line:
             axis.annotate(f" {row[key]:g}", (row["sync_c"], row["psnr"]), fontsize=8)
     if "student" in rows:
@@ -276,8 +283,8 @@ def long(cfg):
         print(f"{name}: {len(dub)} frames", file=sys.stderr, flush=True)
     minute = 60 // cfg.window if cfg.seconds >= 120 else 1
     keys = ["sync_c", "psnr", "offset", "colour", "colour_outside", "identity", "opening"]
-    ends = {name: {end: {k: statistics.mean(row[k][a]) for k in keys} for end, a in (("first", slice(minute)), ("last", slice(-minute, None)))}
-            for name, row in rows.items()}
+    mean_of = lambda row, part: {k: statistics.mean(row[k][part]) for k in keys}         # noqa: E731
+    ends = {name: dict(first=mean_of(row, slice(minute)), last=mean_of(row, slice(-minute, None))) for name, row in rows.items()}
     print(f"\nfirst -> last {minute * cfg.window} s of {cfg.seconds}\n\n"
           "| cache | Sync-C | PSNR dB | offset | colour | outside | identity | opening | jump at borders |\n|---" + "|---" * 8 + "|")
     for name, end in ends.items():
@@ -374,13 +381,13 @@ def ablate(cfg):
 def table(kind, rows):
     """The measures as Markdown, mean ± 95%."""
     columns = dict(sync_c=("Sync-C", 3), sync_d=("Sync-D", 3), psnr=("PSNR dB", 2), ssim=("SSIM", 3), landmark=("landmark %", 2), opening=("opening", 3),
-                   width=("width", 3), seams=("seams", 2), silence=("silence %", 2))
+                   width=("width", 3), sharp=("sharp", 2), seams=("seams", 2), silence=("silence %", 2))
     print(f"\n{kind}\n\n| | " + " | ".join(title for title, _ in columns.values()) + " |\n|---" + "|---" * len(columns) + "|")
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row[k]:.{n}f} ± {row[k + '_ci']:.{n}f}" for k, (_, n) in columns.items()) + " |")
 
 
-def sheet(path, dubs, clips=3, moments=8, scale=4):
+def sheet(path, dubs, clips=2, moments=6, scale=4):
     """Rows of the same moments of a few clips, the lower two thirds of the square: one row for each of `dubs`, (n, T, S, S, 3) uint8."""
     S, T = dubs[0].shape[2], dubs[0].shape[1]
     rows = [torch.cat(list(d[i, T // 16::T // moments][:moments, S // 3:]), 1) for i in range(min(clips, len(dubs[0]))) for d in dubs]

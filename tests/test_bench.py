@@ -3,6 +3,8 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import data
@@ -40,13 +42,16 @@ def test_quality_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
     assert result["offsets"]["judge"]["clean"] in (0, .5, 1) and (tmp_path / "quality-tiny-dub.png").is_file()
 
 
-def test_seams_are_seen():
+def test_seams_and_blur_are_seen():
     video = data.draw(3, 8, 64).video
     mean = video.float().mean()
     brighter = torch.arange(64) // 16 % 2 * 20.
     seamed = data.to_uint8((video + brighter[:, None, None] - mean) / 127.5)
     smooth = data.to_uint8((video - mean) / 127.5)
-    assert quality.border_energy(seamed, 16) > 2 * quality.border_energy(smooth, 16)
+    ratio = lambda v: quality.edges(v, 16)[0] / quality.edges(v, 16)[1]      # noqa: E731
+    assert ratio(seamed) > 2 * ratio(smooth)
+    blurred = F.avg_pool2d(video.permute(0, 3, 1, 2).float(), 3, 1, 1).permute(0, 2, 3, 1).to(torch.uint8)
+    assert quality.edges(blurred, 16)[1] < .7 * quality.edges(video, 16)[1]
 
 
 def test_ssim_by_hand():
@@ -100,3 +105,14 @@ def test_ablate_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
     assert all(0 < r["psnr"] < 40 and r["landmark"] > 0 for r in rows)
     with pytest.raises(data.Fail, match="no row is called so"):
         bench.main(["ablate", "--only", "love"])
+
+
+def test_cost_counts_what_is_there(capsys):
+    bench.main(["cost", "--config", "tiny"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    net = nn_model.DiT(nn_model.Config(**nn_model.SIZES["tiny"]))
+    assert result["parameters"] == sum(p.numel() for p in net.parameters()) and result["tokens"] == 8
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        net(torch.randn(1, 12, 8, 768), .5, net.embed_cond(*torch.randn(2, 1, 12, 8, 1536)), torch.randn(1, 12, 4, 96))
+    forward = sum(bench.flops(net.cfg, 12)[i] for i in (0, 3))
+    assert forward == pytest.approx(counted.get_total_flops(), rel=.1)       # less the sound and the time

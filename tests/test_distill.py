@@ -191,3 +191,17 @@ def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expe
         ends.append(torch.load(f"{c.out}/{'teacher' if stage == 'teacher' else 'student'}.pt", weights_only=True)["model"])
         assert not list(Path(c.out).glob("*.resume.pt"))
     assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values()))
+
+
+def test_edge_loss_is_that_of_the_picture(tiny, parts):
+    """Token by token it must be what the whole lower half of the picture gives; a clean chunk (weight 0) takes no part."""
+    x, _, _ = parts(4)
+    y = torch.randn_like(x)
+    e = data.unpatchify(torch.cat([torch.zeros_like(x), x - y], -1), 8)[:, :, 16:]                  # B T 16 32 3
+    expected = sum(e.diff(dim=d).square().mean() for d in (1, 2, 3)) / tiny.mask.mean()
+    assert distill.edge_loss(tiny, x, y).item() == pytest.approx(expected.item(), rel=.02)          # bf16 where that is fast
+    first = torch.tensor([[0., 0., 0., 1.]]).expand(len(x), 4)
+    part = e[:, 12:]
+    expected = part[:, 0].square().mean() / 15 + part.diff(dim=1).square().mean() * 3 / 15
+    expected = expected + (part.diff(dim=2).square().mean() + part.diff(dim=3).square().mean()) / 4
+    assert distill.edge_loss(tiny, x, y, first).item() == pytest.approx((expected / tiny.mask.mean()).item(), rel=.02)
