@@ -140,17 +140,18 @@ class Bank:
             return
         found, samples = 0, frames * RATE // FPS
         for path in sorted(Path(folder).glob("*.mp4")):
+            if found == n:
+                break
             try:
                 audio, video = Sound(path), read_video(path)
+                for first in range(0, len(audio) - samples + 1, samples):
+                    taken = [square(frame, size) for frame in itertools.islice(video, frames)]
+                    if found == n or len(taken) < frames:
+                        break
+                    self.video[found], self.mel[found] = torch.stack(taken), log_mel(audio[first:first + samples])
+                    found += 1
             except Fail as e:
                 print(f"left out: {e}")
-                continue
-            for first in range(0, len(audio) - samples + 1, samples):
-                taken = [square(frame, size) for frame in itertools.islice(video, frames)]
-                if found == n or len(taken) < frames:
-                    break
-                self.video[found], self.mel[found] = torch.stack(taken), log_mel(audio[first:first + samples])
-                found += 1
         if not found:
             raise Fail(f"{folder}: no mp4 with {frames / FPS:.1f} s of picture and sound; put some there or drop --folder")
         self.video, self.mel, self.mouth = self.video[:found], self.mel[:found], self.mouth[:found]
@@ -169,7 +170,7 @@ class Batch(NamedTuple):
 
 
 class Samples:
-    """Training samples out of a Bank, cut into patches once, in its own memory: gigabytes need not fit twice. It is empty afterwards."""
+    """Training samples out of a Bank, cut into patches once, in the Bank's memory: gigabytes need not fit twice. The Bank is empty afterwards."""
 
     def __init__(self, bank, cfg, device, dtype=torch.float32):
         self.cfg, self.dtype, self.mel = cfg, dtype, bank.mel.to(device)
@@ -178,8 +179,6 @@ class Samples:
         n, T = bank.video.shape[:2]
         self.patches, bank.video = bank.video.view(n, T // 4, -1, 24 * cfg.patch ** 2).to(device), None
         self.heard = mel_windows(self.mel, cfg)
-        if self.patches.shape[1] < cfg.latents + 2 * cfg.chunk - 1:
-            raise Fail(f"clips of {self.patches.shape[1]} latent frames leave no room for a reference outside {cfg.latents}; raise --clip_latents")
 
     def draw(self, n, rng, rank=0, world=1):
         """-> Batch of n, or process `rank`'s share of it if there are more. The reference of each chunk is another moment, outside the

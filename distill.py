@@ -23,14 +23,14 @@ import runtime
 import syncnet
 from data import Fail
 from model import SIZES, Cache, Cond, DiT, model_fields, save_dit
-from runtime import Log, Progress, mean_over_ranks, mine, mixed, noise_like, ranks
-from sample import SHIFT, TIMES, add_noise, clock, dub_student, dub_teacher, generate, guided, in_chunks, null_audio, shift, side_by_side, stream, tau
+from runtime import Log, Progress, mean_over_ranks, mine, mixed, noise_like, part_of, ranks
+from sample import SHIFT, TIMES, add_noise, closing_table, dub_student, dub_teacher, generate, guided, in_chunks, null_audio, shift, side_by_side, tau
 
 
 @dataclasses.dataclass
 class Config(nn_model.Config):
     config: str = "tiny"
-    stage: str = "all"              # teacher, init, dmd, or all of them
+    stage: str = "all"              # stop after the teacher, after init, or do all
     out: str = ""                   # out/CONFIG
     teacher: str = ""               # a teacher's checkpoint to distil from
     folder: str = ""                # train on the mp4s in this folder instead of drawn clips
@@ -53,7 +53,7 @@ class Config(nn_model.Config):
     muon_lr: float = .02            # Muon's, for the matrices of the blocks
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
-    edges: float = 2.               # weight of the error in the differences between neighbouring pixels; from half of the run on, rising
+    edges: float = 2.               # weight of errors in the differences between neighbouring pixels: rises to this in the second half; init: throughout
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
     teacher_ema: float = .998
@@ -62,6 +62,7 @@ class Config(nn_model.Config):
     init_batch: int = 16
     landing: int = 30               # j of the student's second step (paper: 30)
     student_steps: int = 2          # denoising calls a chunk (paper: 2); more of them divide the way to the landing
+    cache: str = "clean"            # what the student's cache is written from: clean, a pass at t = 0 (paper), or last, the last denoising pass
     student_ema: float = .95
     init_clean: float = .5          # chunks shown as the cache will hold them, clean, for later ones to look back at (paper: 0)
     init_lr: float = 2e-4
@@ -79,7 +80,7 @@ class Config(nn_model.Config):
     raw_weights: bool = False       # paper: True; False divides them by their mean over the batch
     save_seconds: int = 30          # between resumable checkpoints
     accumulate: int = 1             # a batch is run in this many parts, for less memory
-    compile: str = "auto"           # torch.compile of the training passes: on, off, or auto: on for a GPU (on 2 CPU cores it does not pay)
+    compile: str = "auto"           # torch.compile of teacher and critic in training: on, off, or auto: on for a GPU (on 2 CPU cores it does not pay)
 
     @property
     def times(self):
@@ -95,11 +96,12 @@ def down_to(last):
 # The fields that a result depends on.
 EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch", "judge_clips"
 DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": down_to("init_lr"), "student": down_to("raw_weights")}
+OF_THE_TEACHER = "teacher_steps", "teacher_batch", "teacher_lr", "muon_lr", "t_shift", "weight_clip", "audio_drop", "teacher_ema"
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
-    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, teacher_steps=10000, teacher_ema=.999, init_steps=500,
-                  guidance=2., dmd_steps=80),
+    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, teacher_steps=10000, teacher_ema=.999, init_steps=400,
+                  dmd_steps=90),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
@@ -119,9 +121,9 @@ def masked_mse(model, x, y, weight=1.):
 
 
 def edge_loss(model, x, y, weight=1.):
-    """Mean squared error of the differences between neighbouring pixels, in x, in y and in time, of (B, L, N, P); weight as above. Squares
-    of linear measures, so their best guess is the same mean as that of the pixels: nothing is biased, but lips, teeth and what moves count for more
-    than large smooth areas, and steps between tokens are seen. In bf16, where that is fast: it is a tenth of a step as it is."""
+    """Mean squared error of the differences between neighbouring pixels, in x, in y and in time, of (B, L, N, P); weight as above. It is
+    quadratic in x - y, so that the best guess is E[x0 | x_t] still, but lips, teeth and what moves count for more than large smooth areas, and
+    steps between tokens are seen. In bf16, where that is fast: even so it is a tenth of a step."""
     p, n = model.cfg.patch, model.n
     e = (x - y) * (weight[..., None, None].sqrt() if torch.is_tensor(weight) else weight ** .5)
     v = e.to(runtime.fast_dtype(x.device)).unflatten(-1, (4, p, p, 3)).unflatten(2, (n // 2, n)).permute(0, 1, 4, 2, 5, 3, 6, 7)
@@ -170,14 +172,6 @@ def optimizer_step(net, rates):
     return norm.item()
 
 
-def part_of(batch, cfg):
-    """Samples in one part of a batch, over all processes."""
-    parts = cfg.accumulate * ranks()[1]
-    if batch % parts:
-        raise Fail(f"a batch of {batch} does not split into {parts} equal parts (--accumulate x processes)")
-    return batch // cfg.accumulate
-
-
 def train_teacher(cfg, samples, reward, judge, watch, device):
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
@@ -217,8 +211,8 @@ def train_init(cfg, teacher, samples, judge, watch, device):
     """The teacher's weights under causal attention; every chunk has its own noise level, one of the two of inference, or is clean."""
     torch.manual_seed(cfg.seed + 1)
     rng = torch.Generator().manual_seed(cfg.seed + 1)
-    model = copy.deepcopy(teacher).train().requires_grad_(True)
-    average = copy.deepcopy(teacher)
+    model, average = copy.deepcopy(teacher).train().requires_grad_(True), copy.deepcopy(teacher)
+    model.cache_from = average.cache_from = cfg.cache
     optimizer = torch.optim.AdamW(model.parameters(), cfg.init_lr, betas=(.9, .98), weight_decay=.01, fused=True)
     progress = Progress(cfg, "init", DEPENDS["init"], rng, model=model, average=average, optimizer=optimizer)
     log, n, grid = Log(cfg.out, "init", cfg.init_steps, progress.step), part_of(cfg.init_batch, cfg), torch.tensor(cfg.times)
@@ -259,8 +253,11 @@ def rollout(model, fast, cond, audio, call, times, device):
         with mixed(device):
             x0 = model(x, times[call], part, heard, cache=cache).float()
         outputs.append(x0)
+        kept, t = x0.detach(), 0.
+        if fast.cache_from == "last":
+            kept, t = x if call == len(times) - 1 else add_noise(kept, noise_like(x0), times[-1]), times[-1]
         with torch.no_grad():
-            fast(x0.detach(), 0., *still, cache=cache, write=True)
+            fast(kept, t, *still, cache=cache, write=True)
     return torch.cat(outputs, 1)
 
 
@@ -322,7 +319,8 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
     iterations = cfg.dmd_steps * cfg.critic_updates
     progress = Progress(cfg, "dmd", DEPENDS["student"], rng, student=student, average=average, critic=critic,
                         optimizer=optimizer, critic_optimizer=critic_optimizer)
-    log, values, n = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), {}, part_of(cfg.dmd_batch, cfg)
+    log, n = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), part_of(cfg.dmd_batch, cfg)
+    values, critic_losses = {}, []                               # those since the last line: each is of few samples, at times of chance
     draw_t = lambda: mine(shift(torch.rand(n, 1, generator=rng), SHIFT).clamp(.001, .999)).to(device)               # noqa: E731
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         critic.compile()
@@ -334,10 +332,11 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
             net = student if moves else fast
             with torch.enable_grad() if moves else torch.no_grad(), mixed(device):
                 cond, audio = net.embed_cond(batch.source, batch.reference), net.embed_audio(batch.heard)
-            if not moves:
+            if not moves and cfg.cache == "clean":
                 X = torch.cat(list(generate(fast, in_chunks(cond, audio, cfg.chunk), cfg.times[: call + 1], noise_like)), 1)
             else:
-                X = rollout(student, fast, cond, audio, call, cfg.times, device)
+                X = rollout(net, fast, cond, audio, call, cfg.times, device)
+            if moves:
                 t = draw_t()
                 with torch.no_grad(), mixed(device):
                     x_t = add_noise(X, noise_like(X), t)
@@ -356,44 +355,22 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
             ema(average, student, cfg.student_ema, i // cfg.critic_updates)
             refresh(fast, student)
         optimizer_step(critic, {critic_optimizer: cfg.critic_lr})
-        values["critic_loss"] = critic_loss.item()
-        step = i // cfg.critic_updates
+        critic_losses.append(critic_loss.item())
+        step, values["critic_loss"] = i // cfg.critic_updates, sum(critic_losses) / len(critic_losses)
         if moves and step % max(1, cfg.dmd_steps // 6) == 0 and not ranks()[0]:
             dub = dub_student(average, watch.source, watch.mel, cfg.times)
             log(step, **values, **syncnet.judged(dub, watch, judge), reward_c=syncnet.score(reward, dub, watch.mel)[0].mean().item())
             log.curves()
+            critic_losses = []
         elif moves and step % max(1, cfg.dmd_steps // 30) == 0:
             log(step, **values)
+            critic_losses = []
         progress.save(i)
     save_dit(f"{cfg.out}/student.pt", average, cfg, "student", cfg.dmd_steps)
     progress.done()
 
 
 # -------------------------------------------------------------------------------------------------------------- the job
-def closing_table(cfg, teacher, student, judge, device, spent):
-    """Held-out dub pairs: teacher against student; then what each stage took."""
-    teacher, student = (copy.deepcopy(net).to(runtime.fast_dtype(device)) for net in (teacher, student))      # as sample.py runs them
-    pairs = data.held_out(cfg.table_clips, cfg.size, "held-out", device, 8 * cfg.chunk)
-    source, truth, mel, _ = pairs
-    one, audio, T = source[0], data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
-    rows = [("truth", syncnet.judged(truth, pairs, judge), None)]
-    for name, scale in (("teacher, 50 steps, unguided", 1.), (f"teacher, 50 steps, guidance {cfg.guidance:g}", cfg.guidance)):
-        dub = dub_teacher(teacher, source, mel, guidance=scale, latents=cfg.latents)
-        speed = clock((dub_teacher(teacher, one[None, :T], data.log_mel(audio[:T * 640])[None].to(device), guidance=scale, latents=cfg.latents)[0]
-                       for _ in "1"), device)
-        rows.append((name, syncnet.judged(dub, pairs, judge), speed))
-    list(stream(student, one[:24], audio, cfg.times))                                                # warm up
-    speed = clock(stream(student, one, audio, cfg.times), device)
-    rows.append((f"student, {len(cfg.times)} steps a chunk", syncnet.judged(dub_student(student, source, mel, cfg.times), pairs, judge), speed))
-    print(f"\n{cfg.table_clips} held-out people dubbed to other words, {len(one) / data.FPS:.2f} s each, judged by an expert that trained on other people\n"
-          f"{'':30} {'Sync-C':>7} {'Sync-D':>7} {'PSNR dB':>8} {'FPS':>7} {'TTFF ms':>8}")
-    for name, q, speed in rows:
-        timing = f"{q['psnr']:8.2f} {speed[0]:7.1f} {1000 * speed[1]:8.1f}" if speed else ""
-        print(f"{name:30} {q['sync_c']:7.3f} {q['sync_d']:7.3f} {timing}")
-    print("PSNR: in the mouth mask, against the exact dub. TTFF: from the first chunk's pixels and samples in memory to its first frame as uint8.\n"
-          + "Took: " + ", ".join(f"{k} {v:.0f} s" for k, v in spent.items()))
-
-
 def locate(name, cfg):
     """The checkpoint of a finished stage, or None: made here before; beside --teacher; bundled. Fail: made here with other settings."""
     here = Path(cfg.out) / f"{name}.pt"
@@ -408,8 +385,12 @@ def locate(name, cfg):
             raise Fail(f"{here} was distilled from another teacher; delete it, or choose another --out")
         return here
     if name in ("teacher", "syncnet", "judge") and cfg.stage != name:
-        for folder in ([Path(cfg.teacher).parent] if cfg.teacher else []) + [Path(__file__).parent / "weights" / cfg.config]:
+        beside, bundled = [Path(cfg.teacher).parent] if cfg.teacher else [], [Path(__file__).parent / "weights" / cfg.config]
+        for folder in beside + (bundled if not cfg.folder or name == "judge" else []):          # which have only ever seen drawn people
             if (folder / f"{name}.pt").is_file():
+                other = [f for f in OF_THE_TEACHER if getattr(cfg, f) != PRESETS[cfg.config].get(f, getattr(Config, f))]
+                if name == "teacher" and other:
+                    raise Fail(f"--{other[0]} is the teacher's, and one is bundled: train your own first, with the same and --stage teacher")
                 return folder / f"{name}.pt"
     return None
 
@@ -425,15 +406,23 @@ def load_matching(path, cfg, device):
 
 def set_up(cfg):
     """Check what argparse cannot, and join the other processes if torchrun started several -> device."""
-    for name, words in (("stage", ("teacher", "init", "dmd", "all")), ("compile", ("on", "off", "auto")), ("sync_window", ("on", "off", "reversed", "all"))):
+    for name, words in (("stage", ("teacher", "init", "all")), ("cache", ("clean", "last")), ("compile", ("on", "off", "auto")),
+                        ("sync_window", ("on", "off", "reversed", "all"))):
         if getattr(cfg, name) not in words:
             raise Fail(f"--{name} {getattr(cfg, name)}: {', '.join(words[:-1])} or {words[-1]}")
-    if cfg.latents % cfg.chunk or not 0 < cfg.landing < 50:
-        raise Fail(f"--latents {cfg.latents} must be a multiple of --chunk {cfg.chunk}, and --landing {cfg.landing} lie in 1..49")
+    if cfg.latents % cfg.chunk or not 0 < cfg.landing < 50 or not 0 <= cfg.band_first < cfg.band_last <= 50:
+        raise Fail(f"--latents {cfg.latents} must be a multiple of --chunk {cfg.chunk}, --landing {cfg.landing} lie in 1..49, and 0 <= --band_first "
+                   f"{cfg.band_first} < --band_last {cfg.band_last} <= 50")
+    if cfg.clip_latents < cfg.latents + 2 * cfg.chunk - 1:
+        raise Fail(f"--clip_latents {cfg.clip_latents}: at least {cfg.latents + 2 * cfg.chunk - 1}, for a reference outside --latents {cfg.latents}")
     cfg.out = cfg.out or f"out/{cfg.config}"
     data.free_space(cfg.out, 500 << 20)
     runtime.keep_memory()
     runtime.join_others(cfg.device)
+    with torch.device("meta"):
+        DiT(nn_model.Config(**model_fields(cfg)))                # Fail now, not after the experts
+    for batch in (cfg.teacher_batch, cfg.init_batch, cfg.dmd_batch):
+        part_of(batch, cfg)
     return runtime.find_device(cfg.device)
 
 
@@ -485,7 +474,7 @@ def main(argv):
     teacher = network("teacher", lambda: train_teacher(cfg, samples(), reward, judge, watch, device))
     if cfg.stage != "teacher":
         init = network("init", lambda: train_init(cfg, teacher, samples(), judge, watch, device))
-    if cfg.stage in ("all", "dmd"):
+    if cfg.stage == "all":
         student = network("student", lambda: train_dmd(cfg, teacher, init, samples(), reward, judge, watch, device))
         if not ranks()[0]:
             side_by_side(f"{cfg.out}/sample.mp4", student, [data.dub_pair(i, 96, cfg.size) for i in range(3)], scale=max(1, 256 // cfg.size))

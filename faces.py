@@ -49,7 +49,6 @@ PHONES = {
 }
 VOWELS, CONSONANTS = "aeiou@", "mbpfvszStdnlkgwr"
 ZOOM, LIFT = 1.2, .15   # the camera is this near and looks this far down (in halves of the picture): the mouth gets the pixels
-LIPS = 5                # opening, width, rounding, teeth, tongue: columns of the lip track
 
 
 def smooth(x, sigma):
@@ -264,12 +263,15 @@ def draw_mouth(paint, rows, u, v, shade, k, p, column, colour, lips, fine, t):
     """Lips, teeth and tongue on the head's coordinates u, v (T, rows, S). Returns the mouth's width (T, 1, 1), as a
     fraction of the picture's side; its inner opening is .155 * lips' opening * strength of it."""
     opening, wide, rounding = (column(lips[:, i]) for i in range(3))
-    teeth = column(np.clip(lips[:, 3] * p["show"] + .22 * wander(fine, t, .2, 2.), 0, 1.2))
-    tongue = column(np.clip(lips[:, 4] + .18 * wander(fine, t, .2, 2.), 0, 1))
+    # What the sound leaves open: how much of the teeth and the tongue shows, and how the mouth sits: aside, aslant, in a smile.
+    teeth = column(np.clip(lips[:, 3] * p["show"] + .3 * wander(fine, t, .3, 3.), 0, 1.2))
+    tongue = column(np.clip(lips[:, 4] + .25 * wander(fine, t, .3, 3.), 0, 1))
+    aside, aslant, smile = (a * column(wander(fine, t, .3, 2.)) for a in (.03, .06, .015))
+    u = u - aside
     half = p["mouth_w"] * (.74 + .36 * wide - .40 * rounding)
     gap = .31 * opening * p["strength"]                              # height of the inner opening
     w = (u / half).clamp(-1, 1)
-    y = v - p["mouth_y"] - p["tilt"] * u - (p["smile"] + .01 * column(wander(fine, t, .1, .6))) * (1 - 2 * w * w)
+    y = v - p["mouth_y"] - (p["tilt"] + aslant) * u - (p["smile"] + smile) * (1 - 2 * w * w)
     y = y - .25 * gap                                                # the lower lip goes down more than the upper goes up
     arch = torch.lerp(1 - w * w, (1 - w * w).sqrt(), .25 + .75 * rounding.clamp(0, 1))
     round_ = (1 - w * w).sqrt()

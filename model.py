@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import data
 from data import MELS, Fail, patchify
-from runtime import half, load, ranks, save
+from runtime import half, load, ranks, restore, save
 
 SEEN, HEARD = 128, 128          # values that a patch of the conditions, and a video frame's sound, are reduced to
 MAX_LATENTS = 256               # RoPE table; streaming uses the first window + sink of it, however long the video
@@ -111,8 +111,11 @@ class Cache:
     frames, however long the video. A pass at t = 0 writes a finished chunk (`write=True`); the chunk after it may come along in
     the same pass, and sees what was just written. Other passes only read.
 
-    A pass reads two numbers of this object, `past` and `runs`. Once the window is `full` they stay as they are, so that every chunk
-    runs the same compiled graph, or CUDA graph, at the same addresses."""
+    With a sink of 1 and a window of 6, chunk 2 (latent frames 6-8) finds [0, 3, 4, 5] here; once it is written, of those and its own, places
+    0 and 4-6 are kept: [0, 6, 7, 8], for chunk 3.
+
+    A pass reads `past` and `runs` of this object. Once the window is `full` they stay as they are, so that every chunk runs the same
+    compiled graph, or CUDA graph, at the same addresses."""
 
     def __init__(self, model, batch, dtype=None):
         cfg, parameter = model.cfg, model.head.weight
@@ -124,16 +127,17 @@ class Cache:
         self.chunks, self.frames = -1, []        # chunks written; the latent frames held, in order
         self.advance()
 
-    def attend(self, i, q, k, v, rope, write):
-        """Block i's attention over the cached and the new keys; with `write`, keep what the next chunk will see of the first new one."""
+    def attend(self, i, q, k, v, rope, write, finished):
+        """Block i's attention over the cached and the new keys; with `write`, keep what the chunk after the first new one will see of both;
+        `finished`: the first new one's output is not used."""
         N, past = rope.shape[1], self.past
         size, outputs = self.cfg.chunk * N, []
         for c, (q_c, k_c, v_c) in enumerate(zip(q.split(size, 2), k.split(size, 2), v.split(size, 2))):
             k_c = torch.cat([self.kv[i, 0, :, :, :past * N].to(k.dtype), k_c], 2)
             v_c = torch.cat([self.kv[i, 1, :, :, :past * N].to(v.dtype), v_c], 2)
             table = self.table(rope, k_c.shape[2] // N, c)
-            if write and c == 0 and i == self.cfg.depth - 1:
-                outputs.append(q_c)              # the last block's output for a finished chunk is not used: anything will do
+            if finished and c == 0 and i == self.cfg.depth - 1:
+                outputs.append(q_c)              # anything will do
             else:
                 outputs.append(dense(rotate(q_c, table[-(q_c.shape[2] // N):]), rotate(k_c, table), v_c))
             if write and c == 0:
@@ -150,8 +154,8 @@ class Cache:
 
     @torch.compiler.disable
     def advance(self):
-        """A chunk has been written. past: how many latent frames are held; runs: of them and the chunk to be written next, the places
-        (first, end) of what is kept then."""
+        """A chunk has been written. past: how many latent frames are held; runs: once the next chunk is written, these places (first, end) of
+        [the held frames, that chunk's] are kept."""
         cfg, self.chunks = self.cfg, self.chunks + 1
         seen = lambda c: [f for f in visible(c, cfg) if f < c * cfg.chunk]   # noqa: E731  of the past, by chunk c
         self.frames = seen(self.chunks)
@@ -253,7 +257,7 @@ class DiT(nn.Module):
             raise Fail(f"model: size {cfg.size} must be a multiple of twice patch {p}, patch of 4, width {D} of 8 x heads {cfg.heads}; window at least chunk; "
                        "audio_back + audio_ahead at least 4")
         self.cfg, self.n, self.m = cfg, cfg.size // p, p // 4
-        self.times = None                                        # a student's denoising times, if not the usual ones
+        self.times, self.cache_from, self.stage = None, "clean", ""      # a student's, see distill.Config.times and cache; what made it
         # Conditions go through a bottleneck that all of their patches share: two thirds of the input layers' parameters saved.
         self.from_noisy, self.see = nn.Linear(12 * p * p, D), nn.Linear(12 * p * p, SEEN)
         self.from_source, self.from_reference = nn.Linear(2 * SEEN, D), nn.Linear(2 * SEEN, D)
@@ -300,12 +304,13 @@ class DiT(nn.Module):
             y = torch.where(drop.view(B, 1, 1), self.null_audio.to(y.dtype), y)
         return self.audio_to_blocks(y).view(B, L, self.cfg.depth, -1)
 
-    def forward(self, x_t, t, cond, audio, causal=False, cache=None, write=False):
+    def forward(self, x_t, t, cond, audio, causal=False, cache=None, write=False, finished=True):
         """x_t (B, L, N, P): noisy patches; t (B, L), (B, 1) or a float in 0..1: their noise level, or its `modulation` -> x0 (B, L, N, P).
 
         Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk, or with `write` a
-        finished chunk (clean, t = 0) that is stored, and the one after it or nothing. Only the latter's x0 is returned then."""
-        B, L, N, _ = x_t.shape
+        finished chunk (clean, t = 0) that is stored, and the one after it or nothing. Only the latter's x0 is returned then. With
+        `write` and not `finished`, a chunk is denoised, returned, and stored as it came in."""
+        (B, L, N, _), finished = x_t.shape, write and finished
         if L > MAX_LATENTS and not causal:
             raise Fail(f"{L} latent frames at once, at most {MAX_LATENTS}; stream it, or cut it into windows")
         mod = t if torch.is_tensor(t) and t.ndim == 4 else self.modulation(t)                      # B L|1 8 D
@@ -313,14 +318,14 @@ class DiT(nn.Module):
         audio = audio.to(self.dtype(audio))
         for i, block in enumerate(self.blocks):
             if cache is not None:
-                attend = lambda q, k, v, i=i: cache.attend(i, q, k, v, self.rope, write)          # noqa: E731
+                attend = lambda q, k, v, i=i: cache.attend(i, q, k, v, self.rope, write, finished)          # noqa: E731
             else:
                 attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
         k = self.cfg.chunk
-        if write and L == k:
+        if finished and L == k:
             return cache.advance()
-        if write:
+        if finished:
             x, mod, cond, L = x[:, k:], mod[:, -k:], Cond(*(c[:, k:] for c in cond)), L - k
         shift, scale = mod[:, :, None, 6:].unbind(3)
         x = self.head(F.layer_norm(x, (x.shape[-1],)) * (1 + scale) + shift)
@@ -335,9 +340,9 @@ class DiT(nn.Module):
 def load_dit(path, device="cpu", dtype=torch.float32):
     """-> DiT in evaluation mode, from a teacher or student checkpoint. With fast_dtype its weights are cast once, not once a pass."""
     state = load(path, "dit")
-    model = DiT(Config(**state["model_config"]))
-    model.load_state_dict({k: v.float() for k, v in state["model"].items()})
-    model.times = tuple(state.get("times", ())) or None
+    model = restore(path, lambda: DiT(Config(**state["model_config"])), state["model"])
+    model.stage = state.get("stage", "")
+    model.times, model.cache_from = tuple(state.get("times", ())) or None, state.get("cache_from", "clean")
     return model.to(device, dtype).eval()
 
 
@@ -349,7 +354,7 @@ def model_fields(cfg):
 def save_dit(path, net, cfg, stage, step):
     if not ranks()[0]:
         save(path, kind="dit", stage=stage, step=step, model_config=model_fields(cfg), made_with=dataclasses.asdict(cfg), times=list(cfg.times),
-             model=half(net))
+             cache_from=net.cache_from, model=half(net))
 
 
 def main(argv):

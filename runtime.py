@@ -57,6 +57,14 @@ def mean_over_ranks(x):
     return x
 
 
+def part_of(batch, cfg):
+    """Samples in one part of a batch, over all processes."""
+    parts = cfg.accumulate * ranks()[1]
+    if batch % parts:
+        raise Fail(f"a batch of {batch} does not split into {parts} equal parts (--accumulate x processes)")
+    return batch // cfg.accumulate
+
+
 # -------------------------------------------------------------------------------------------------- devices, checkpoints
 def find_device(name=""):
     """The named device, or the best there is."""
@@ -125,6 +133,16 @@ def load(path, kind):
     return state
 
 
+def restore(path, build, weights):
+    """The network that build() makes, with these weights. Fail: they are of another version of this code."""
+    try:
+        net = build()
+        net.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (TypeError, RuntimeError) as e:
+        raise Fail(f"{path}: made by another version of this code ({str(e).splitlines()[0]}); make it again with distill.py") from None
+    return net
+
+
 class Progress:
     """What a stage needs to go on where it was stopped: networks, optimizers, step, random states. It depends on these fields of cfg."""
 
@@ -139,13 +157,13 @@ class Progress:
             rng.set_state(state["rng"])
             torch.set_rng_state(state["torch_rng"][0])
             if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["torch_rng"][1:])
+                torch.cuda.set_rng_state(state["torch_rng"][1])  # all processes draw the same numbers, each on its own GPU
             self.step = state["step"]
             print(f"{stage}: going on after step {self.step}")
 
     def save(self, step):
         if time.time() - self.saved > self.cfg.save_seconds and not ranks()[0]:
-            states = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+            states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
             save(self.path, kind="resume", step=step, made_with=dataclasses.asdict(self.cfg), rng=self.rng.get_state(), torch_rng=states,
                  **{name: part.state_dict() for name, part in self.parts.items()})
             self.saved = time.time()
@@ -167,9 +185,9 @@ class Log:
 
     def __init__(self, folder, stage, steps, first=0):
         self.path, self.folder, self.stage, self.steps, self.first, self.start = Path(folder) / "log.jsonl", folder, stage, steps, first, time.time()
-        if self.path.is_file() and not ranks()[0]:               # what an earlier run said of the steps to come is forgotten
-            rows = [line for line in open(self.path) if (r := json.loads(line))["stage"] != stage or r["step"] <= first]
-            self.path.write_text("".join(rows))
+        if self.path.is_file() and not ranks()[0]:               # what an earlier run said of the steps to come is forgotten, and a line cut short
+            rows = [r for r in map(json.loads, filter(lambda line: line.endswith("}\n"), open(self.path))) if r["stage"] != stage or r["step"] <= first]
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
     def __call__(self, step, **values):
         if ranks()[0]:
@@ -196,5 +214,5 @@ class Log:
             axis.set(title=titles[key], xlabel="share of the stage")
             if axis.lines:
                 axis.legend()
-        figure.savefig(Path(self.folder) / "curves.png", dpi=80)
+        figure.savefig(Path(self.folder) / "curves.png", dpi=60)
         plt.close(figure)

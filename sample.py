@@ -13,6 +13,7 @@ From Python (frames come as soon as they are made; source and audio may be longe
 Flow matching: x_t = (1 - t) x0 + t eps, so t = 0 is clean and t = 1 is noise, and the velocity is v = eps - x0.
 """
 import contextlib
+import copy
 import dataclasses
 import itertools
 import sys
@@ -141,20 +142,22 @@ def seeded(seed):
 
 
 @torch.no_grad()
-def generate(model, conditions, times=None, noise=torch.randn_like):
+def generate(model, conditions, times=None, noise=torch.randn_like, make_cache=Cache):
     """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each. noise(x): Gaussian
     noise of the shape of x.
 
     The paper's three passes a chunk: noise -> x0, re-noised with fresh noise -> x0, and one at t = 0 that writes the cache. The
-    last is not needed before the next chunk, so it runs in one forward with that chunk's first: two calls a chunk, the same numbers.
+    last is not needed before the next chunk, so it runs in one forward with that chunk's first: two calls a chunk, the same numbers. A model
+    whose `cache_from` is "last" has no such pass: its last denoising pass writes the cache.
 
-    A model that is to be compiled (`model.compile(dynamic=False, mode="reduce-overhead")`: CUDA graphs) is so from when the window is full."""
+    A compiled model (`model.compile(dynamic=False, mode="reduce-overhead")`: CUDA graphs) is run uncompiled until the window is full: its shapes
+    still change till then."""
     cache, before, times = None, None, times or model.times or TIMES
     for cond, audio in conditions:
         device, k, empty = cond.known.device, model.cfg.chunk, cond.known.float()
         with mixed(device):
             if cache is None:
-                cache, mods = Cache(model, len(cond.known), runtime.fast_dtype(device)), [model.modulation(t) for t in times]
+                cache, mods = make_cache(model, len(cond.known), runtime.fast_dtype(device)), [model.modulation(t) for t in times]
                 joint = torch.cat([model.modulation(0.).expand(-1, k, -1, -1), mods[0].expand(-1, k, -1, -1)], 1)
             call = model if cache.full else model.forward        # the second is never compiled
             for i, t in enumerate(times):
@@ -163,9 +166,10 @@ def generate(model, conditions, times=None, noise=torch.randn_like):
                     both = [torch.cat(pair, 1) for pair in zip((before[0], *before[1], before[2]), (x, *cond, audio))]
                     x0 = call(both[0], joint, Cond(*both[1:3]), both[3], cache=cache, write=True)
                 else:
-                    x0 = call(x, mods[i], cond, audio, cache=cache)
+                    writes = model.cache_from == "last" and i == len(times) - 1
+                    x0 = call(x, mods[i], cond, audio, cache=cache, write=writes, finished=False)
                 x0 = x0.to(torch.float32, copy=True)             # a CUDA graph's output is overwritten by its next run
-        before = x0, cond, audio
+        before = (x0, cond, audio) if model.cache_from == "clean" else None
         yield x0
 
 
@@ -178,9 +182,9 @@ def dub_student(model, source, mel, times=None, seed=0):
     return to_uint8(picture(torch.cat(list(generate(model, in_chunks(cond, audio, model.cfg.chunk), times, seeded(seed))), 1), source, p))
 
 
-def stream(model, source, audio, times=None, seed=0):
+def stream(model, source, audio, times=None, seed=0, make_cache=Cache):
     """Dub a stream. source: an iterable of (S, S, 3) uint8 frames at 25 fps; audio: (samples,) float32 at 16 kHz, anything
-    that slices. Yields (n, S, S, 3) uint8, n = 12 frames (0.48 s; less at the end). Holds one chunk, the one before, and the cache."""
+    that slices and has a length. Yields (n, S, S, 3) uint8, n = 12 frames (0.48 s; less at the end). Holds one chunk, the one before, and the cache."""
     cfg, device = model.cfg, model.head.weight.device
     n = 4 * cfg.chunk
     under_way = []                                  # source patches and frame count of the chunk being made
@@ -202,18 +206,19 @@ def stream(model, source, audio, times=None, seed=0):
             before, under_way[:] = patches, [patches, len(taken)]
             yield parts
 
-    for x0 in generate(model, chunks(), times, seeded(seed)):
+    for x0 in generate(model, chunks(), times, seeded(seed), make_cache):
         patches, length = under_way
         yield to_uint8(picture(x0, patches, cfg.patch))[0, :length].cpu()
 
 
 def chunk_mel(audio, c, cfg):
-    """The log-mel windows of chunk c, from its own samples and the look-ahead only: (1, chunk, back + 16 + ahead, MELS), bit for bit
-    those of the whole file."""
+    """The log-mel windows of chunk c: (1, chunk, back + 16 + ahead, MELS), bit for bit those of the whole file. Reads no sample beyond the
+    look-ahead and the 7.5 ms that its last mel frame reaches further."""
     margin = -(-max(cfg.audio_back, cfg.audio_ahead) // 4) + 1               # video frames; one more for the mel's own window
     lo, hi = 4 * cfg.chunk * c - margin, 4 * cfg.chunk * (c + 1) + margin
     per = RATE // FPS
-    part = np.asarray(audio[max(0, lo * per):hi * per], dtype=np.float32)
+    end = data.HOP * (16 * cfg.chunk * (c + 1) + cfg.audio_ahead) + 120
+    part = np.asarray(audio[max(0, lo * per):end], dtype=np.float32)
     part = np.pad(part, (max(0, -lo * per), hi * per - max(0, lo * per) - len(part)))
     mel = data.log_mel(part)[None, 4 * margin - cfg.audio_back: len(part) // data.HOP - 4 * margin + cfg.audio_ahead]
     at = torch.arange(mel.shape[1]) + 16 * cfg.chunk * c - cfg.audio_back              # mel frames of the file; outside it is silence
@@ -288,8 +293,8 @@ def dub_file(model, cfg):
     raw = contextlib.nullcontext(lambda frame: sys.stdout.buffer.write(np.ascontiguousarray(frame)))
     with raw if cfg.out == "-" else data.write_video(cfg.out, (width, height), cfg.audio) as put:
         for dub in stream(model, squares(), audio, seed=cfg.seed):
-            for picture in dub:
-                put(paste(kept.pop(0), picture, box, mask).numpy())
+            for made in dub:
+                put(paste(kept.pop(0), made, box, mask).numpy())
     print(f"{cfg.out}: {total} frames, {width}x{height}, in {time.time() - begun:.1f} s ({total / (time.time() - begun):.0f} frames a second)",
           file=sys.stderr if cfg.out == "-" else sys.stdout)
 
@@ -313,6 +318,30 @@ def side_by_side(path, model, pairs, seed=0, scale=4):
     matplotlib.image.imsave(Path(path).with_suffix(".png"), sheet.numpy())
 
 
+def closing_table(cfg, teacher, student, judge, device, spent):
+    """Held-out dub pairs: teacher against student; then what each stage took."""
+    teacher, student = (copy.deepcopy(net).to(runtime.fast_dtype(device)) for net in (teacher, student))      # as sample.py runs them
+    pairs = data.held_out(cfg.table_clips, cfg.size, "held-out", device, 8 * cfg.chunk)
+    source, truth, mel, _ = pairs
+    one, audio, T = source[0], data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
+    rows = [("truth", syncnet.judged(truth, pairs, judge), None)]
+    for name, scale in (("teacher, 50 steps, unguided", 1.), (f"teacher, 50 steps, guidance {cfg.guidance:g}", cfg.guidance)):
+        dub = dub_teacher(teacher, source, mel, guidance=scale, latents=cfg.latents)
+        speed = clock((dub_teacher(teacher, one[None, :T], data.log_mel(audio[:T * 640])[None].to(device), guidance=scale, latents=cfg.latents)[0]
+                       for _ in "1"), device)
+        rows.append((name, syncnet.judged(dub, pairs, judge), speed))
+    list(stream(student, one[:24], audio, cfg.times))                                                # warm up
+    speed = clock(stream(student, one, audio, cfg.times), device)
+    rows.append((f"student, {len(cfg.times)} steps a chunk", syncnet.judged(dub_student(student, source, mel, cfg.times), pairs, judge), speed))
+    print(f"\n{cfg.table_clips} held-out people dubbed to other words, {len(one) / data.FPS:.2f} s each, judged by an expert that trained on other people\n"
+          f"{'':30} {'Sync-C':>7} {'Sync-D':>7} {'PSNR dB':>8} {'FPS':>7} {'TTFF ms':>8}")
+    for name, q, speed in rows:
+        timing = f"{q['psnr']:8.2f} {speed[0]:7.1f} {1000 * speed[1]:8.1f}" if speed else ""
+        print(f"{name:30} {q['sync_c']:7.3f} {q['sync_d']:7.3f} {timing}")
+    print("PSNR: in the mouth mask, against the exact dub. TTFF: from the first chunk's pixels and samples in memory to its first frame as uint8.\n"
+          + "Took: " + ", ".join(f"{k} {v:.0f} s" for k, v in spent.items()))
+
+
 @dataclasses.dataclass
 class Options:
     video: str = ""  # the recording to dub; a held-out drawn face if not given
@@ -330,7 +359,10 @@ def main(argv):
     if (cfg.audio or cfg.out == "-") and not cfg.video:
         raise Fail("--audio or --out - without --video: which recording should it dub?")
     device = runtime.find_device(cfg.device)
-    model = load_dit(syncnet.find_weights("student", cfg.weights), device, runtime.fast_dtype(device))
+    path = syncnet.find_weights("student", cfg.weights)
+    model = load_dit(path, device, runtime.fast_dtype(device))
+    if model.stage == "teacher":
+        raise Fail(f"{path}: a teacher, which cannot stream; give a student, or distil one with distill.py --teacher {path}")
     if cfg.compile:
         model.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
     if cfg.video:

@@ -128,6 +128,8 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
         loss, accuracy = nce(v, a, net.log_scale.exp().clamp(max=100))
         missed = (mouth - torch.stack([bank.mouth[i, s:s + T] for i, s in zip(clip, first)]).to(device)) / .03
         loss = loss + missed[missed.isfinite()].square().sum() / missed.numel()  # not finite: recorded people, whose mouth nobody measured
+        if not loss.isfinite():
+            raise Fail(f"{Path(path).stem} step {step}: the loss is not finite; is there a clip without picture or sound in the training set?")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -138,15 +140,12 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
             print(f"{Path(path).stem:8} step {step:5d}/{steps} | loss {loss:6.3f} | right moment {accuracy:5.1%} | held-out: offset within a "
                   f"frame {(offset.abs() <= 1).float().mean():4.0%}, Sync-C {right.mean():.3f}, wrong audio {wrong.mean():.3f} | "
                   f"{time.time() - start:4.0f} s", flush=True)
-    if not torch.isfinite(loss):
-        raise Fail(f"{Path(path).stem}: the loss became {loss.item()}; lower the rate or look at the data")
     runtime.save(path, kind="syncnet", config=dataclasses.asdict(cfg), model=runtime.half(net), seed=seed, steps=steps, made_with=made_with)
 
 
 def load_syncnet(path, device="cpu"):
     state = runtime.load(path, "syncnet")
-    net = SyncNet(Config(**state["config"]))
-    net.load_state_dict({k: v.float() for k, v in state["model"].items()})
+    net = runtime.restore(path, lambda: SyncNet(Config(**state["config"])), state["model"])
     return net.to(device).eval().requires_grad_(False)
 
 

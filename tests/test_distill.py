@@ -73,11 +73,12 @@ def test_only_the_drawn_call_carries_gradient(tiny, samples, cfg, call):
     assert [n for n, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == ["null_audio"]
 
 
-@pytest.mark.parametrize("call", [0, 1])
-def test_rollout_is_what_streaming_does(tiny, samples, cfg, call):
+@pytest.mark.parametrize("call, cache", [(0, "clean"), (1, "clean"), (1, "last")])
+def test_rollout_is_what_streaming_does(tiny, samples, cfg, call, cache):
     """The same noise through the training rollout and the inference loop: the same clip."""
     batch = samples.draw(1, torch.Generator().manual_seed(0))
     fast = copy.deepcopy(tiny).to(runtime.fast_dtype(CPU))
+    fast.cache_from = cache
     with torch.no_grad(), distill.mixed(CPU):
         cond, audio = fast.embed_cond(batch.source, batch.reference), fast.embed_audio(batch.heard)
     torch.manual_seed(5)
@@ -205,3 +206,13 @@ def test_edge_loss_is_that_of_the_picture(tiny, parts):
     expected = part[:, 0].square().mean() / 15 + part.diff(dim=1).square().mean() * 3 / 15
     expected = expected + (part.diff(dim=2).square().mean() + part.diff(dim=3).square().mean()) / 4
     assert distill.edge_loss(tiny, x, y, first).item() == pytest.approx((expected / tiny.mask.mean()).item(), rel=.02)
+
+
+def test_a_bundled_teacher_does_not_swallow_options(tmp_path):
+    small = distill.Config(**distill.PRESETS["small"], config="small", out=str(tmp_path))
+    assert distill.locate("teacher", small).parent.name == "small"
+    with pytest.raises(data.Fail, match="--teacher_steps"):
+        distill.locate("teacher", dataclasses.replace(small, teacher_steps=5))
+    assert distill.locate("teacher", dataclasses.replace(small, teacher_steps=5, stage="teacher")) is None
+    own = dataclasses.replace(small, folder="clips")             # recorded people: only the judge stays
+    assert [distill.locate(name, own) is None for name in ("teacher", "syncnet", "judge")] == [True, True, False]

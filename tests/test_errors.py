@@ -34,6 +34,9 @@ def files(tmp_path_factory, student_file):
     (d / "text.mp4").write_text("not a video")
     (d / "text.pt").write_text("not a checkpoint")
     torch.save(dict(model={}), d / "other.pt")
+    student = torch.load(student_file, weights_only=True)
+    torch.save(dict(student, stage="teacher"), d / "teacher.pt")
+    torch.save(dict(student, model_config=dict(student["model_config"], width=48)), d / "version.pt")
     writer = imageio_ffmpeg.write_frames(str(d / "sound_only.mp4"), (32, 32), audio_path=str(d / "good.wav"), output_params=["-vn"], ffmpeg_log_level="error")
     soundfile.write(d / "sound_only.wav", clip.audio, data.RATE)
     writer.close()
@@ -55,6 +58,8 @@ CASES = {
     "no checkpoint": (DUB.replace("student", "missing"), "no such file"),
     "not a checkpoint": (DUB.replace("student", "text.pt"), "not a checkpoint"),
     "another program's checkpoint": (DUB.replace("student", "other.pt"), "not a checkpoint"),
+    "a teacher as a student": (DUB.replace("student", "teacher.pt"), "cannot stream"),
+    "another version's checkpoint": (DUB.replace("student", "version.pt"), "another version"),
     "a student as a judge": ("syncnet --video good.mp4 --weights student", "a dit checkpoint where a syncnet is needed"),
     "an unknown option": (DUB + " --speed 3", "unrecognized arguments: --speed"),
     "not a number": (DUB + " --seed x", "invalid int value"),
@@ -63,7 +68,11 @@ CASES = {
     "nothing to judge": ("syncnet", "which clip"),
     "an unknown field": ("distill --config tiny --betta 0", "unrecognized arguments: --betta"),
     "an unknown config": ("distill --config huge", "invalid choice"),
-    "an unknown stage": ("distill --config tiny --stage sing", "teacher, init, dmd or all"),
+    "an unknown stage": ("distill --config tiny --stage sing", "teacher, init or all"),
+    "a batch that does not split": ("distill --config tiny --dmd_batch 6 --accumulate 4", "--accumulate"),
+    "a band upside down": ("distill --config tiny --band_first 40 --band_last 20", "--band_first"),
+    "clips too short": ("distill --config tiny --clip_latents 12", "--clip_latents"),
+    "a network that does not fit": ("distill --config tiny --size 40", "multiple of twice patch"),
     "an unknown window": ("distill --config tiny --sync_window wide", "on, off, reversed or all"),
     "no teacher": ("distill --config tiny --teacher missing", "no such file"),
     "an unknown bench": ("bench love", "no such bench"),
