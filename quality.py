@@ -370,7 +370,7 @@ def ablate(cfg):
                 if grid not in inits:
                     distill.train_init(c, teacher, samples, experts["judge"], watch, device)
                     inits[grid] = nn_model.load_dit(f"{c.out}/init.pt", device).requires_grad_(False)
-                    judge_row(f"init alone, {len(c.times)} steps, landing {c.landing}, cache {c.cache}, clean {c.init_clean:g}", seed, inits[grid], c.times)
+                    judge_row(f"init alone, steps {len(c.times)}, landing {c.landing}, cache {c.cache}, clean {c.init_clean:g}", seed, inits[grid], c.times)
                 distill.train_dmd(c, teacher, copy.deepcopy(inits[grid]), samples, experts["syncnet"], experts["judge"], watch, device)
                 judge_row(name, seed, nn_model.load_dit(f"{c.out}/student.pt", device, runtime.fast_dtype(device)), c.times)
     columns = dict(sync_c=("Sync-C", 3), reward_c=("Sync-C by the reward network", 3), psnr=("PSNR dB", 2), landmark=("landmark %", 2))
