@@ -78,6 +78,7 @@ class Config(nn_model.Config):
     band_last: int = 40             # (paper: 40)
     beta: float = 1.                # reward: weight exp(beta Sync-C) (paper: 2); 0 turns it off
     raw_weights: bool = False       # paper: True; False divides them by their mean over the batch
+    sync_loss: float = .05          # weight of the reward's own gradient: the student also climbs Sync-C directly (paper: 0)
     save_seconds: int = 30          # between resumable checkpoints
     accumulate: int = 1             # a batch is run in this many parts, for less memory
     compile: str = "auto"           # torch.compile of teacher and critic in training: on, off, or auto: on for a GPU (on 2 CPU cores it does not pay)
@@ -95,13 +96,12 @@ def down_to(last):
 
 # The fields that a result depends on.
 EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch", "judge_clips"
-DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": down_to("init_lr"), "student": down_to("raw_weights")}
+DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": down_to("init_lr"), "student": down_to("sync_loss")}
 OF_THE_TEACHER = "teacher_steps", "teacher_batch", "teacher_lr", "muon_lr", "t_shift", "weight_clip", "audio_drop", "teacher_ema"
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
-    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, teacher_steps=10000, teacher_ema=.999, init_steps=400,
-                  dmd_steps=90),
+    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, teacher_steps=10000, teacher_ema=.999, init_steps=400),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
@@ -307,6 +307,13 @@ def reward_weights(net, video, mel, cfg):
     return (w if cfg.raw_weights else w / mean_over_ranks(w.mean())), c
 
 
+def sync_loss(net, video, mel):
+    """Minus the mean Sync-C of the reward network, at offset 0: what its gradient makes more of. video (B, T, S, S, 3) in [-1, 1], mel (B, 4 T, MELS)."""
+    with mixed(video.device):
+        curve = syncnet.distances(*net(video, mel)[:2])
+    return (curve[:, curve.shape[1] // 2] - curve.median(1).values).mean()
+
+
 def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
     torch.manual_seed(cfg.seed + 2)
     rng = torch.Generator().manual_seed(cfg.seed + 2)
@@ -342,8 +349,10 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                     x_t = add_noise(X, noise_like(X), t)
                     real = real_score(teacher, x_t, t, teacher.embed_cond(batch.source, batch.reference), teacher.embed_audio(batch.heard), cfg)
                     fake = critic(x_t, t, critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)).float()
-                weight, c = reward_weights(reward, data.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
+                video = data.picture(X, batch.source, cfg.patch)
+                weight, c = reward_weights(reward, video.detach(), batch.mel, cfg)
                 loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
+                loss = loss + cfg.sync_loss * sync_loss(reward, video, batch.mel) if cfg.sync_loss else loss
                 (loss / cfg.accumulate).backward()
             t = draw_t()
             with mixed(device):

@@ -327,6 +327,8 @@ VARIANTS = {
     "no reward": dict(beta=0.),
     "beta 2": dict(beta=2.),
     "beta 2, raw weights (paper)": dict(beta=2., raw_weights=True),
+    "no sync loss (paper)": dict(sync_loss=0.),
+    "sync loss .2": dict(sync_loss=.2),
     "guidance 4.5 (paper)": dict(guidance=4.5),
     "1 critic update to one of the student": dict(critic_updates=1),
     "landing 20": dict(landing=20),

@@ -72,17 +72,22 @@ def nce(v, a, scale):
     return loss, (logits.argmax(2) == target).float().mean()
 
 
+def distances(v, a):
+    """Mean distance of the two embeddings (B, n, E) over a clip at each offset -15..15 (fewer if the clip is short) -> (B, 31), offset 0 in the middle."""
+    n = v.shape[1]
+    reach = min(REACH, n - 1)
+    return torch.stack([(v[:, max(0, -o): n - max(0, o)] - a[:, max(0, o): n - max(0, -o)]).norm(dim=-1).mean(1)
+                        for o in range(-reach, reach + 1)], 1)
+
+
 def sync(v, a):
     """Sync-C, Sync-D, offset from the two embeddings (B, n, E) -> three (B,) tensors.
 
-    Mean distance over a clip at each offset -15..15; Sync-D is the least, Sync-C the median less the least (Chung and Zisserman
-    2016). Offset in video frames, positive where the sound comes late."""
-    n = v.shape[1]
-    reach = min(REACH, n - 1)
-    curve = torch.stack([(v[:, max(0, -o): n - max(0, o)] - a[:, max(0, o): n - max(0, -o)]).norm(dim=-1).mean(1)
-                         for o in range(-reach, reach + 1)], 1)              # B, 31
+    Sync-D is the least of the distances, Sync-C the median less the least (Chung and Zisserman 2016). Offset in video frames, positive
+    where the sound comes late."""
+    curve = distances(v, a)
     least, where = curve.min(1)
-    return curve.median(1).values - least, least, where - reach
+    return curve.median(1).values - least, least, where - curve.shape[1] // 2
 
 
 @torch.no_grad()
