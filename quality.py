@@ -223,6 +223,7 @@ class Long:
     config: str = "small"
     weights: str = ""       # a student's checkpoint, its judge beside it; those in weights/CONFIG if not given
     seconds: int = 180      # whole windows
+    people: int = 4         # as many streams, averaged: what is left are differences of time, not of words
     window: int = 10        # seconds, measured one by one
     ablate: bool = True     # the same student with other caches too
     device: str = ""
@@ -262,32 +263,38 @@ def long(cfg):
     device, path = start(cfg), Path(cfg.weights or Path(__file__).parent / "weights" / cfg.config / "student.pt")
     student, judge = nn_model.load_dit(path, device, runtime.fast_dtype(device)), syncnet.load_syncnet(path.parent / "judge.pt", device)
     n, per = 4 * student.cfg.chunk, cfg.window * data.FPS
-    source, truth = data.dub_pair(cfg.seed, cfg.seconds * data.FPS, student.cfg.size)
     cut = lambda clip: [data.Clip(clip.video[a:a + per], clip.audio[a * 640:(a + per) * 640], clip.mouth[a:a + per])      # noqa: E731
                         for a in range(0, len(clip.video), per)]
-    pairs, rows = data.Pairs.of(list(zip(cut(source), cut(truth))), device), {}
-    kinds = {"truth": ({}, None), "student": ({}, Cache)}        # the first says which words are hard to judge
+    # The truth says which words are hard to judge, the student started anew in every window which ones are hard to say.
+    kinds = {"truth": ({}, None), "student": ({}, Cache), "started anew": ({}, Cache)}
     if cfg.ablate:
         kinds.update({"no sink": (dict(sink=0), Cache), "window 3": (dict(window=3), Cache), "absolute positions": ({}, Absolute)})
-    for name, (fields, cache) in kinds.items():
-        net = copy.copy(student)
-        net.cfg = dataclasses.replace(student.cfg, **fields)
-        dub = torch.cat(list(sample.stream(net, source.video, truth.audio, seed=cfg.seed, make_cache=cache))) if cache else truth.video
-        windows = dub.view(-1, per, *dub.shape[1:]).to(device)
-        q = {k: v.tolist() for k, v in measures(windows, pairs, judge, student.cfg.patch).items()}
-        q["offset"] = syncnet.score(judge, windows, pairs.mel)[2].tolist()
-        q["colour"], q["colour_outside"], q["identity"] = zip(*map(drift, windows, pairs.truth))
-        rows[name] = dict(q, border_jump=border_jump(dub, n) / border_jump(truth.video, n))
-        print(f"{name}: {len(dub)} frames", file=sys.stderr, flush=True)
+    measured = {name: [] for name in kinds}
+    for i in range(cfg.people):
+        source, truth = data.dub_pair(cfg.seed + i, cfg.seconds * data.FPS, student.cfg.size)
+        pairs = data.Pairs.of(list(zip(cut(source), cut(truth))), device)
+        for name, (fields, cache) in kinds.items():
+            net = copy.copy(student)
+            net.cfg = dataclasses.replace(student.cfg, **fields)
+            parts = list(zip(cut(source), cut(truth))) if name == "started anew" else [(source, truth)]
+            dubs = [torch.cat(list(sample.stream(net, s.video, t.audio, seed=cfg.seed, make_cache=cache))) if cache else t.video for s, t in parts]
+            windows = torch.cat(dubs).view(-1, per, *source.video.shape[1:]).to(device)
+            q = {k: v.tolist() for k, v in measures(windows, pairs, judge, student.cfg.patch).items()}
+            q["offset"] = syncnet.score(judge, windows, pairs.mel)[2].tolist()
+            q["colour"], q["colour_outside"], q["identity"] = zip(*map(drift, windows, pairs.truth))
+            q["border_jump"] = [statistics.mean(border_jump(d, n) for d in dubs) / statistics.mean(border_jump(t.video, n) for _, t in parts)]
+            measured[name].append(q)
+            print(f"{name}: {len(windows) * per} frames of person {i}", file=sys.stderr, flush=True)
+    rows = {name: {k: [statistics.mean(x) for x in zip(*(q[k] for q in people))] for k in people[0]} for name, people in measured.items()}
     minute = 60 // cfg.window if cfg.seconds >= 120 else 1
     keys = ["sync_c", "psnr", "offset", "colour", "colour_outside", "identity", "opening"]
     mean_of = lambda row, part: {k: statistics.mean(row[k][part]) for k in keys}         # noqa: E731
     ends = {name: dict(first=mean_of(row, slice(minute)), last=mean_of(row, slice(-minute, None))) for name, row in rows.items()}
-    print(f"\nfirst -> last {minute * cfg.window} s of {cfg.seconds}\n\n"
+    print(f"\nfirst -> last {minute * cfg.window} s of {cfg.seconds}, mean of {cfg.people} people\n\n"
           "| cache | Sync-C | PSNR dB | offset | colour | outside | identity | opening | jump at borders |\n|---" + "|---" * 8 + "|")
     for name, end in ends.items():
         print(f"| {name} | " + " | ".join(f"{end['first'][k]:.{d}f} -> {end['last'][k]:.{d}f}" for k, d in zip(keys, (3, 2, 1, 1, 1, 1, 3)))
-              + f" | {rows[name]['border_jump']:.2f} |")
+              + f" | {rows[name]['border_jump'][0]:.2f} |")
     figure, axes = plt.subplots(1, 4, figsize=(16, 3), layout="constrained")
     for axis, (key, title) in zip(axes, dict(sync_c="Sync-C (judge)", psnr="mouth PSNR (dB)", colour="colour drift (levels of 255)",
                                              identity="identity drift (levels of 255)").items()):
@@ -298,7 +305,7 @@ def long(cfg):
     axes[0].legend()
     figure.savefig(f"{cfg.out}/long-{cfg.config}.png", dpi=90)
     first, last = ends["student"]["first"], ends["student"]["last"]
-    print(json.dumps(dict(about("long", cfg, device), first=first, last=last, border_jump=rows["student"]["border_jump"],
+    print(json.dumps(dict(about("long", cfg, device), first=first, last=last, border_jump=rows["student"]["border_jump"][0],
                           colour_drift=last["colour"] - first["colour"], rows=rows)))
 
 

@@ -69,9 +69,11 @@ def test_long_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
     """An untrained student: its first window is as good as its last, since nothing depends on how late it is."""
     nn_model.save_dit(tmp_path / "student.pt", tiny, cfg, "student", 0)
     runtime.save(tmp_path / "judge.pt", kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
-    bench.main(["long", "--config", "tiny", "--weights", str(tmp_path / "student.pt"), "--seconds", "12", "--window", "2", "--out", str(tmp_path)])
+    options = ["--weights", str(tmp_path / "student.pt"), "--seconds", "12", "--window", "2", "--people", "2", "--out", str(tmp_path)]
+    bench.main(["long", "--config", "tiny", *options])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(result["rows"]) == {"truth", "student", "no sink", "window 3", "absolute positions"} and len(result["rows"]["student"]["psnr"]) == 6
+    assert set(result["rows"]) == {"truth", "student", "started anew", "no sink", "window 3", "absolute positions"}
+    assert len(result["rows"]["student"]["psnr"]) == 6
     assert result["first"]["psnr"] == pytest.approx(result["last"]["psnr"], abs=1.5) and result["last"]["colour_outside"] < .01
     assert result["rows"]["student"]["psnr"] != result["rows"]["no sink"]["psnr"] != result["rows"]["absolute positions"]["psnr"]
     with pytest.raises(data.Fail, match="--window"):
