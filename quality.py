@@ -256,6 +256,20 @@ def border_jump(video, n):
     return (energy[border].mean() / energy[~border].mean()).item()
 
 
+def plot_long(path, rows, window):
+    """The measures of long over time; rows as in its JSON, a value each `window` seconds."""
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3), layout="constrained")
+    for axis, (key, title) in zip(axes, dict(sync_c="Sync-C (judge)", psnr="mouth PSNR (dB)", colour="colour (levels of 255)",
+                                             identity="identity (levels of 255)").items()):
+        for i, (name, row) in enumerate(rows.items()):
+            if name != "truth" or key == "sync_c":
+                axis.plot([window * (j + .5) for j in range(len(row[key]))], row[key], f"C{i}", label=name, lw=2 if name == "student" else 1)
+        axis.set(title=title, xlabel="seconds")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(path, dpi=60)
+    plt.close(figure)
+
+
 def long(cfg):
     """Minutes of streaming: is the last one as good as the first, and what holds it up?"""
     if cfg.seconds % cfg.window or cfg.seconds < 2 * cfg.window:
@@ -295,15 +309,7 @@ def long(cfg):
     for name, end in ends.items():
         print(f"| {name} | " + " | ".join(f"{end['first'][k]:.{d}f} -> {end['last'][k]:.{d}f}" for k, d in zip(keys, (3, 2, 1, 1, 1, 1, 3)))
               + f" | {rows[name]['border_jump'][0]:.2f} |")
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3), layout="constrained")
-    for axis, (key, title) in zip(axes, dict(sync_c="Sync-C (judge)", psnr="mouth PSNR (dB)", colour="colour drift (levels of 255)",
-                                             identity="identity drift (levels of 255)").items()):
-        for name, row in rows.items():
-            if name != "truth" or key == "sync_c":
-                axis.plot([cfg.window * (i + .5) for i in range(len(row[key]))], row[key], label=name)
-        axis.set(title=title, xlabel="seconds")
-    axes[0].legend()
-    figure.savefig(f"{cfg.out}/long-{cfg.config}.png", dpi=90)
+    plot_long(f"{cfg.out}/long-{cfg.config}.png", rows, cfg.window)
     first, last = ends["student"]["first"], ends["student"]["last"]
     print(json.dumps(dict(about("long", cfg, device), first=first, last=last, border_jump=rows["student"]["border_jump"][0],
                           colour_drift=last["colour"] - first["colour"], rows=rows)))
