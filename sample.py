@@ -36,6 +36,7 @@ from runtime import mixed
 SHIFT = 5.                  # paper: 5
 STEPS = 50                  # the teacher's grid (paper: 50)
 TIMES = (.999, .769)        # the student's two steps: noise, and j = 30 of the grid (paper: the same)
+LEAN = .25, .35             # how far the first frame of a token leans towards the one before: inside a chunk, and at its start
 
 
 # ---------------------------------------------------------------------------------------------------- flow-matching time
@@ -83,6 +84,17 @@ def previous_chunk(source, cfg):
     return torch.cat([held_still(source[:, :1], min(cfg.chunk, source.shape[1] // 4)), source[:, :-n]], 1)
 
 
+# ---------------------------------------------------------------------------------------------------------------- output
+def join(x0, mask, chunk, before=None):
+    """Smooth the seams in time, where tokens meet, as video codecs do those between blocks: in the mask, the first frame of each token leans
+    towards the last one of the token before. x0 (B, L, N, P) from the start of a chunk on, `before` the x0 that ends there, if any -> x0 to show. The
+    cache holds it unjoined, as in training."""
+    n = x0.shape[-1] // 4                                                    # values of a frame
+    last = torch.cat([x0[:, :1, :, :n] if before is None else before[:, -1:, :, -n:], x0[:, :-1, :, -n:]], 1)
+    share = torch.where(torch.arange(x0.shape[1], device=x0.device) % chunk == 0, LEAN[1], LEAN[0])[:, None, None] * mask[:, :n]
+    return torch.cat([torch.lerp(x0[..., :n], last.to(x0.dtype), share.to(x0.dtype)), x0[..., n:]], -1)
+
+
 # --------------------------------------------------------------------------------------------------- teacher: many steps
 def guided(model, x_t, t, cond, audio, null, guidance):
     """x0_null + s (x0_audio - x0_null), one forward pass of twice the batch; s = 1 is the conditional prediction alone."""
@@ -126,7 +138,7 @@ def dub_teacher(model, source, mel, steps=STEPS, guidance=1., latents=12, seed=0
             b = min(L, a + latents)
             cond, audio = model.embed_cond(source[:, a:b], reference[:, a:b]), model.embed_audio(mel_windows(mel, model.cfg, a, b - a))
             out[:, a:b] = euler(model, cond, audio, steps, guidance, rng)
-    return to_uint8(picture(out, source, p))
+    return to_uint8(picture(join(out, model.mask, model.cfg.chunk), source, p))
 
 
 # ------------------------------------------------------------------------------------------- student: two steps a chunk
@@ -179,7 +191,8 @@ def dub_student(model, source, mel, times=None, seed=0):
     reference, source = patchify(to_float(previous_chunk(source, model.cfg)), p), patchify(to_float(source), p)
     with mixed(source.device), torch.no_grad():
         cond, audio = model.embed_cond(source, reference), model.embed_audio(mel_windows(mel, model.cfg))
-    return to_uint8(picture(torch.cat(list(generate(model, in_chunks(cond, audio, model.cfg.chunk), times, seeded(seed))), 1), source, p))
+    x0 = torch.cat(list(generate(model, in_chunks(cond, audio, model.cfg.chunk), times, seeded(seed))), 1)
+    return to_uint8(picture(join(x0, model.mask, model.cfg.chunk), source, p))
 
 
 def stream(model, source, audio, times=None, seed=0, make_cache=Cache):
@@ -206,9 +219,11 @@ def stream(model, source, audio, times=None, seed=0, make_cache=Cache):
             before, under_way[:] = patches, [patches, len(taken)]
             yield parts
 
+    before = None
     for x0 in generate(model, chunks(), times, seeded(seed), make_cache):
         patches, length = under_way
-        yield to_uint8(picture(x0, patches, cfg.patch))[0, :length].cpu()
+        yield to_uint8(picture(join(x0, model.mask, cfg.chunk, before), patches, cfg.patch))[0, :length].cpu()
+        before = x0
 
 
 def chunk_mel(audio, c, cfg):

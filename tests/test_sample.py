@@ -180,3 +180,16 @@ def test_frames_to_a_pipe(tmp_path, student_file):
 def test_every_script_has_help(script):
     done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"python {script}.py" in done.stdout
+
+
+def test_first_frames_lean_towards_the_ones_before(tiny):
+    """By hand: token l shows 10 l everywhere. Only its first frame moves, in the mask, and a stream that is joined chunk by chunk is the whole clip joined."""
+    x0 = (10. * torch.arange(7))[None, :, None, None].expand(2, -1, 8, 768).contiguous()
+    mask = torch.ones(8, 768)
+    mask[3] = 0
+    whole = sample.join(x0, mask, 3)
+    moved = (whole - x0)[:, :, 0, 0]
+    torch.testing.assert_close(moved[0], -10 * torch.tensor([0., .25, .25, .35, .25, .25, .35]))
+    assert torch.equal(whole[..., 192:], x0[..., 192:]) and torch.equal(whole[:, :, 3], x0[:, :, 3])
+    parts = [sample.join(x0[:, a:a + 3], mask, 3, x0[:, a - 3:a] if a else None) for a in (0, 3, 6)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
