@@ -352,7 +352,8 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                 video = data.picture(X, batch.source, cfg.patch)
                 weight, c = reward_weights(reward, video.detach(), batch.mel, cfg)
                 loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
-                loss = loss + cfg.sync_loss * sync_loss(reward, video, batch.mel) if cfg.sync_loss else loss
+                if cfg.sync_loss:
+                    loss = loss + cfg.sync_loss * sync_loss(reward, video, batch.mel)
                 (loss / cfg.accumulate).backward()
             t = draw_t()
             with mixed(device):
