@@ -224,7 +224,7 @@ class Sound:
     def __init__(self, path):
         need_file(path)
         self.file = tempfile.TemporaryFile()
-        done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path), "-vn", "-ac", "1", "-ar", str(RATE),
+        done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path), "-map", "0:a:0", "-ac", "1", "-ar", str(RATE),
                                "-f", "f32le", "-"], stdout=self.file, stderr=subprocess.PIPE)
         if done.returncode:
             raise Fail(f"{path}: no sound could be read ({ffmpeg_lines(done.stderr)}); give a file with sound, --audio X.wav for instance")
@@ -261,12 +261,14 @@ def probe(path):
         reader.close()
 
 
-def picture_seconds(path):
-    """How long the picture lasts, decoded to its end: a file may say otherwise, or hold longer sound."""
-    try:
-        return imageio_ffmpeg.count_frames_and_secs(str(path))[1]
-    except (OSError, RuntimeError) as e:
-        raise no_picture(path, e) from None
+def picture_seconds(path, limit):
+    """How long the picture lasts, decoded to its end, or to `limit` seconds: a file may say otherwise, or hold longer sound."""
+    done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-progress", "pipe:1", "-i", str(path), "-map", "0:v:0",
+                           "-t", str(limit), "-f", "null", "-"], capture_output=True, text=True, errors="replace")
+    reached = re.findall(r"^out_time_us=(\d+)", done.stdout, re.M)
+    if done.returncode or not reached:
+        raise no_picture(path, done.stderr)
+    return int(reached[-1]) / 1e6
 
 
 def no_picture(path, e):

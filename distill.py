@@ -64,7 +64,7 @@ class Config(nn_model.Config):
     student_steps: int = 2          # denoising calls a chunk (paper: 2); more of them divide the way to the landing
     cache: str = "clean"            # what the student's cache is written from: clean, a pass at t = 0 (paper), or last, the last denoising pass
     student_ema: float = .95
-    init_clean: float = .5          # chunks shown as the cache will hold them, clean, for later ones to look back at (paper: 0)
+    init_clean: float = .5          # chunks shown as the cache will hold them, clean, for later ones to look back at (paper, and --cache last: 0)
     init_lr: float = 2e-4
     # dmd; paper: 600 student updates
     dmd_steps: int = 60             # student updates
@@ -96,8 +96,10 @@ def down_to(last):
 
 # The fields that a result depends on.
 EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch", "judge_clips"
-DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": down_to("init_lr"), "student": down_to("sync_loss")}
-OF_THE_TEACHER = "teacher_steps", "teacher_batch", "teacher_lr", "muon_lr", "t_shift", "weight_clip", "audio_drop", "teacher_ema"
+DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": ["teacher", *down_to("init_lr")],
+           "student": ["teacher", *down_to("sync_loss")]}
+OF = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_batch", "judge_clips"],              # and of it alone
+      "teacher": "teacher_steps teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
@@ -181,8 +183,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
     muon, adam = muon_and_adam(model, cfg)
     progress = Progress(cfg, "teacher", DEPENDS["teacher"], rng, model=model, average=average, muon=muon, adam=adam)
     log, n = Log(cfg.out, "teacher", cfg.teacher_steps, progress.step), part_of(cfg.teacher_batch, cfg)
-    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
-        model.compile()
+    runtime.compile_in_place(model, cfg.compile, device)
     for step in range(progress.step + 1, cfg.teacher_steps + 1):
         for _ in range(cfg.accumulate):
             batch = samples.draw(n, rng, *ranks())
@@ -219,9 +220,9 @@ def train_init(cfg, teacher, samples, judge, watch, device):
     for step in range(progress.step + 1, cfg.init_steps + 1):
         for _ in range(cfg.accumulate):
             batch = samples.draw(n, rng, *ranks())
-            shape = n, -(-cfg.latents // cfg.chunk)
-            level, clean = mine(torch.randint(len(grid), shape, generator=rng)), mine(torch.rand(shape, generator=rng) < cfg.init_clean)
-            t = torch.where(clean, 0., grid[level]).repeat_interleave(cfg.chunk, 1)[:, : cfg.latents].to(device)     # B L
+            size = n, cfg.latents // cfg.chunk
+            level, clean = mine(torch.randint(len(grid), size, generator=rng)), mine(torch.rand(size, generator=rng) < cfg.init_clean * (cfg.cache == "clean"))
+            t = torch.where(clean, 0., grid[level]).repeat_interleave(cfg.chunk, 1).to(device)                 # B L
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard)
                 x0_hat = model(add_noise(batch.x0, noise_like(batch.x0), t), t, cond, audio, causal=True)
@@ -324,26 +325,25 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0., .999), weight_decay=.01, fused=True)  # noqa: E731
     optimizer, critic_optimizer = adam(student, cfg.student_lr), adam(critic, cfg.critic_lr)
     iterations = cfg.dmd_steps * cfg.critic_updates
-    progress = Progress(cfg, "dmd", DEPENDS["student"], rng, student=student, average=average, critic=critic,
+    progress = Progress(cfg, "student", DEPENDS["student"], rng, student=student, average=average, critic=critic,
                         optimizer=optimizer, critic_optimizer=critic_optimizer)
     log, n = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), part_of(cfg.dmd_batch, cfg)
     values, critic_losses = {}, []                               # those since the last line: each is of few samples, at times of chance
     draw_t = lambda: mine(shift(torch.rand(n, 1, generator=rng), SHIFT).clamp(.001, .999)).to(device)               # noqa: E731
-    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
-        critic.compile()
+    runtime.compile_in_place(critic, cfg.compile, device)
     refresh(fast, student)
     for i in range(progress.step + 1, iterations + 1):
-        moves, call = i % cfg.critic_updates == 0, torch.randint(len(cfg.times), (), generator=rng).item()
+        student_turn, call = i % cfg.critic_updates == 0, torch.randint(len(cfg.times), (), generator=rng).item()
         for _ in range(cfg.accumulate):
             batch = samples.draw(n, rng, *ranks())
-            net = student if moves else fast
-            with torch.enable_grad() if moves else torch.no_grad(), mixed(device):
+            net = student if student_turn else fast
+            with torch.enable_grad() if student_turn else torch.no_grad(), mixed(device):
                 cond, audio = net.embed_cond(batch.source, batch.reference), net.embed_audio(batch.heard)
-            if not moves and cfg.cache == "clean":
+            if not student_turn and cfg.cache == "clean":
                 X = torch.cat(list(generate(fast, in_chunks(cond, audio, cfg.chunk), cfg.times[: call + 1], noise_like)), 1)
             else:
                 X = rollout(net, fast, cond, audio, call, cfg.times, device)
-            if moves:
+            if student_turn:
                 t = draw_t()
                 with torch.no_grad(), mixed(device):
                     x_t = add_noise(X, noise_like(X), t)
@@ -360,19 +360,19 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                 cond, audio = critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)
                 critic_loss = flow_loss(critic, X.detach(), cond, audio, t, cfg.weight_clip)
             (critic_loss / cfg.accumulate).backward()
-        if moves:
+        if student_turn:
             values.update(loss=loss.item(), norm=optimizer_step(student, {optimizer: cfg.student_lr}), weight=(cfg.beta * c).exp().mean().item())
             ema(average, student, cfg.student_ema, i // cfg.critic_updates)
             refresh(fast, student)
         optimizer_step(critic, {critic_optimizer: cfg.critic_lr})
         critic_losses.append(critic_loss.item())
         step, values["critic_loss"] = i // cfg.critic_updates, sum(critic_losses) / len(critic_losses)
-        if moves and step % max(1, cfg.dmd_steps // 6) == 0 and not ranks()[0]:
+        if student_turn and step % max(1, cfg.dmd_steps // 6) == 0 and not ranks()[0]:
             dub = dub_student(average, watch.source, watch.mel, cfg.times)
             log(step, **values, **syncnet.judged(dub, watch, judge), reward_c=syncnet.score(reward, dub, watch.mel)[0].mean().item())
             log.curves()
             critic_losses = []
-        elif moves and step % max(1, cfg.dmd_steps // 30) == 0:
+        elif student_turn and step % max(1, cfg.dmd_steps // 30) == 0:
             log(step, **values)
             critic_losses = []
         progress.save(i)
@@ -387,21 +387,21 @@ def locate(name, cfg):
     if name == "teacher" and cfg.teacher:
         data.need_file(cfg.teacher)
         return Path(cfg.teacher)
+    before = Path(cfg.out) / {"init": "teacher.pt", "student": "init.pt"}.get(name, "")
+    for made in (here, here.with_suffix(".resume.pt")):
+        if made.is_file() and before.is_file() and before.stat().st_mtime > made.stat().st_mtime:
+            raise Fail(f"{made} was distilled from another {before.stem}; delete it, or choose another --out")
     if here.is_file():
-        was = runtime.load(here, "syncnet" if name in ("syncnet", "judge") else "dit")["made_with"]
-        runtime.check_same(here, was, cfg, DEPENDS[name])
-        before = Path(cfg.out) / {"init": "teacher.pt", "student": "init.pt"}.get(name, "")
-        if name in ("init", "student") and (was["teacher"] != cfg.teacher or before.is_file() and before.stat().st_mtime > here.stat().st_mtime):
-            raise Fail(f"{here} was distilled from another teacher; delete it, or choose another --out")
+        runtime.check_same(here, runtime.load(here, "syncnet" if name in ("syncnet", "judge") else "dit")["made_with"], cfg, DEPENDS[name])
         return here
     if name in ("teacher", "syncnet", "judge") and cfg.stage != name:
         beside, bundled = [Path(cfg.teacher).parent] if cfg.teacher else [], [Path(__file__).parent / "weights" / cfg.config]
         for folder in beside + (bundled if not cfg.folder or name == "judge" else []):          # which have only ever seen drawn people
             if (folder / f"{name}.pt").is_file():
-                other = [f for f in OF_THE_TEACHER if getattr(cfg, f) != PRESETS[cfg.config].get(f, getattr(Config, f))]
+                other = [f for f in OF[name] if getattr(cfg, f) != PRESETS[cfg.config].get(f, getattr(Config, f))]
                 if name == "teacher" and other:
                     raise Fail(f"--{other[0]} is the teacher's, and one is bundled: train your own first, with the same and --stage teacher")
-                return folder / f"{name}.pt"
+                return None if other else folder / f"{name}.pt"          # an expert of other settings is trained
     return None
 
 
@@ -425,7 +425,7 @@ def set_up(cfg):
                    f"{cfg.band_first} < --band_last {cfg.band_last} <= 50")
     if cfg.clip_latents < cfg.latents + 2 * cfg.chunk - 1:
         raise Fail(f"--clip_latents {cfg.clip_latents}: at least {cfg.latents + 2 * cfg.chunk - 1}, for a reference outside --latents {cfg.latents}")
-    cfg.out = cfg.out or f"out/{cfg.config}"
+    cfg.out, cfg.teacher = cfg.out or f"out/{cfg.config}", cfg.teacher and str(Path(cfg.teacher))
     data.free_space(cfg.out, 500 << 20)
     runtime.keep_memory()
     runtime.join_others(cfg.device)

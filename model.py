@@ -324,7 +324,8 @@ class DiT(nn.Module):
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
         k = self.cfg.chunk
         if finished and L == k:
-            return cache.advance()
+            cache.advance()
+            return None                                          # there is no chunk after it, nothing to denoise
         if finished:
             x, mod, cond, L = x[:, k:], mod[:, -k:], Cond(*(c[:, k:] for c in cond)), L - k
         shift, scale = mod[:, :, None, 6:].unbind(3)

@@ -44,14 +44,26 @@ def about(bench, cfg, device):
     return dict(bench=bench, config=cfg.config, device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, clips=1, seed=cfg.seed)
 
 
+def checkpoint(cfg, name):
+    """NAME.pt in the folder --weights; a teacher and experts that are not there are the bundled ones, which a distillation starts from, too."""
+    bundled = Path(__file__).parent / "weights" / cfg.config / f"{name}.pt"
+    path = Path(cfg.weights) / bundled.name if cfg.weights else bundled
+    if not path.parent.is_dir():
+        raise Fail(f"--weights {path.parent}: no such folder")
+    path = bundled if name != "student" and not path.is_file() and bundled.is_file() else path
+    if path.is_file():
+        print(f"{name}: {path}", file=sys.stderr, flush=True)
+    return path
+
+
 def ssim(video, truth):
     """SSIM (Wang et al. 2004; 7 x 7 windows, each colour for itself), mean over the mouth mask. video, truth (T, S, S, 3) uint8 -> float."""
-    x, y = (v.permute(0, 3, 1, 2).double() / 255 for v in (video, truth))
+    x, y = (v.permute(0, 3, 1, 2).cpu().double() / 255 for v in (video, truth))
     mean = lambda z: F.avg_pool2d(z, 7, 1, 3, count_include_pad=False)       # noqa: E731
     a, b = mean(x), mean(y)
     c1, c2 = .01 ** 2, .03 ** 2
     index = (2 * a * b + c1) * (2 * (mean(x * y) - a * b) + c2) / ((a * a + b * b + c1) * (mean(x * x) - a * a + mean(y * y) - b * b + c2))
-    mask = data.mouth_mask(video.shape[1]).to(video.device)
+    mask = data.mouth_mask(video.shape[1])
     return ((index.mean((0, 1)) * mask).sum() / mask.sum()).item()
 
 
@@ -93,7 +105,7 @@ def measures(dub, pairs, judge, patch):
 @dataclasses.dataclass
 class Quality:
     config: str = "small"
-    weights: str = ""       # folder of teacher.pt, judge.pt, syncnet.pt and, if there is one, student.pt; weights/CONFIG if not given
+    weights: str = ""       # folder of student.pt, or teacher.pt, or both; what is not there, and the experts, are else those in weights/CONFIG
     set: str = "dub"        # dub: other words, same voice; self: its own; cross: another person's voice and tempo; all of them
     clips: int = 64
     front: bool = True      # the teacher at other guidance and fewer steps too (dub only)
@@ -130,19 +142,19 @@ def robustness(net, size, n, device):
 
 def summary(values):
     """Clips' values -> mean and half its 95% interval; NaN clips (without a pause) do not count."""
-    values = values[values.isfinite()].double()
+    values = values[values.isfinite()].cpu().double()
     return values.mean().item(), (1.96 * values.std() / len(values) ** .5).item()
 
 
 def quality(cfg):
     """The judge's table, on people and voices that nothing was trained on."""
-    device, folder = start(cfg), Path(cfg.weights or Path(__file__).parent / "weights" / cfg.config)
+    device = start(cfg)
     sets = ["dub", "self", "cross"] if cfg.set == "all" else [cfg.set]
     if not set(sets) <= {"dub", "self", "cross"} or cfg.clips < 2:
         raise Fail(f"--set {cfg.set}, --clips {cfg.clips}: dub, self, cross or all, and at least 2")
-    networks = {name: nn_model.load_dit(folder / f"{name}.pt", device, runtime.fast_dtype(device))
-                for name in ("teacher", "student") if name == "teacher" or (folder / f"{name}.pt").is_file()}
-    experts = {name: syncnet.load_syncnet(folder / f"{name}.pt", device) for name in ("judge", "syncnet")}
+    networks = {name: nn_model.load_dit(path, device, runtime.fast_dtype(device))
+                for name in ("teacher", "student") if (path := checkpoint(cfg, name)).is_file() or name == "teacher"}
+    experts = {name: syncnet.load_syncnet(checkpoint(cfg, name), device) for name in ("judge", "syncnet")}
     first, *others = [dict(set=kind, **quality_of(kind, cfg, networks, experts["judge"], device)) for kind in sets]
     results = dict(about("quality", cfg, device), **first, others=others)
     results["clips"] = cfg.clips
@@ -175,7 +187,7 @@ def quality_of(kind, cfg, networks, judge, device):
 
     def teach(steps, scale):
         run = lambda s, m: sample.dub_teacher(teacher, s, m, steps, scale, latents)          # noqa: E731
-        speed = sample.clock((run(source[:1, :frames], mel[:1, :4 * frames])[0] for _ in "1"), device)
+        speed = sample.clock((run(source[:1, :frames], mel[:1, :4 * frames])[0] for _ in range(1)), device)
         dub = dubbed_by(run)
         add(name_of(steps, scale), dub, speed, steps=steps, guidance=scale)
         return dub
@@ -221,7 +233,7 @@ def front_figure(path, rows):
 @dataclasses.dataclass
 class Long:
     config: str = "small"
-    weights: str = ""       # a student's checkpoint, its judge beside it; those in weights/CONFIG if not given
+    weights: str = ""       # folder of student.pt; weights/CONFIG if not given
     seconds: int = 180      # whole windows
     people: int = 4         # as many streams, averaged: what is left are differences of time, not of words
     window: int = 10        # seconds, measured one by one
@@ -274,8 +286,10 @@ def long(cfg):
     """Minutes of streaming: is the last one as good as the first, and what holds it up?"""
     if cfg.seconds % cfg.window or cfg.seconds < 2 * cfg.window:
         raise Fail(f"--seconds {cfg.seconds} must be two or more times --window {cfg.window}")
-    device, path = start(cfg), Path(cfg.weights or Path(__file__).parent / "weights" / cfg.config / "student.pt")
-    student, judge = nn_model.load_dit(path, device, runtime.fast_dtype(device)), syncnet.load_syncnet(path.parent / "judge.pt", device)
+    if cfg.ablate and cfg.seconds > 640:
+        raise Fail(f"--seconds {cfg.seconds}: absolute positions end at 640; --ablate 0 leaves the other caches out")
+    device = start(cfg)
+    student, judge = nn_model.load_dit(checkpoint(cfg, "student"), device, runtime.fast_dtype(device)), syncnet.load_syncnet(checkpoint(cfg, "judge"), device)
     n, per = 4 * student.cfg.chunk, cfg.window * data.FPS
     cut = lambda clip: [data.Clip(clip.video[a:a + per], clip.audio[a * 640:(a + per) * 640], clip.mouth[a:a + per])      # noqa: E731
                         for a in range(0, len(clip.video), per)]
@@ -318,7 +332,7 @@ def long(cfg):
 @dataclasses.dataclass
 class Ablate:
     config: str = "small"
-    weights: str = ""       # folder of teacher.pt, judge.pt, syncnet.pt; weights/CONFIG if not given
+    weights: str = ""       # folder of teacher.pt; weights/CONFIG if not given
     only: str = ""          # rows whose names hold one of these words, with commas between
     updates: int = 0        # of the student; as many as distill.py does if 0
     train_clips: int = 600
@@ -347,7 +361,7 @@ VARIANTS = {
     "landing 20": dict(landing=20),
     "landing 40": dict(landing=40),
     "noisy chunks only in init (paper)": dict(init_clean=0.),
-    "cache from the last denoising pass": dict(cache="last", init_clean=0.),
+    "cache from the last denoising pass": dict(cache="last"),
     "1 step": dict(student_steps=1),
     "4 steps": dict(student_steps=4),
 }
@@ -355,23 +369,23 @@ VARIANTS = {
 
 def ablate(cfg):
     """The distillation again with one thing changed at a time: init (once for each grid of times), dmd, and the judge."""
-    device, folder, home = start(cfg), Path(cfg.weights or Path(__file__).parent / "weights" / cfg.config), Path(cfg.out) / "ablate"
+    device, home = start(cfg), Path(cfg.out) / "ablate"
     wanted = {name: fields for name, fields in VARIANTS.items() if any(word.strip() in name for word in cfg.only.split(","))}
     if not wanted:
         raise Fail(f"--only {cfg.only}: no row is called so; they are {'; '.join(VARIANTS)}")
     if cfg.split not in data.SPLITS:
         raise Fail(f"--split {cfg.split}: one of {', '.join(data.SPLITS)}")
-    experts = {name: syncnet.load_syncnet(folder / f"{name}.pt", device) for name in ("judge", "syncnet")}
+    experts = {name: syncnet.load_syncnet(checkpoint(cfg, name), device) for name in ("judge", "syncnet")}
     base = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config, clips=cfg.train_clips))
     base.dmd_steps = cfg.updates or base.dmd_steps
-    teacher = nn_model.load_dit(folder / "teacher.pt", device).requires_grad_(False)
+    teacher = nn_model.load_dit(checkpoint(cfg, "teacher"), device).requires_grad_(False)
     samples = data.Samples(data.Bank(base.size, 4 * base.clip_latents, base.clips), base, device, runtime.fast_dtype(device))
     watch, pairs = data.held_out(8, base.size, "watch", device), data.held_out(cfg.clips, base.size, cfg.split, device)
     inits, rows = {}, []
 
     def judge_row(name, seed, net, times):
         dub = torch.cat([sample.dub_student(net, s, m, times) for s, m in zip(pairs.source.split(16), pairs.mel.split(16))])
-        q = syncnet.judged(dub, pairs, experts["judge"])
+        q = {k: v.nanmean().item() for k, v in measures(dub, pairs, experts["judge"], base.patch).items()}
         rows.append(dict(name=name, seed=seed, reward_c=syncnet.score(experts["syncnet"], dub, pairs.mel)[0].mean().item(), **q))
         print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in rows[-1].items() if k not in ("name", "seed")), file=sys.stderr, flush=True)
 
@@ -388,8 +402,10 @@ def ablate(cfg):
                     judge_row(f"init alone, steps {len(c.times)}, landing {c.landing}, cache {c.cache}, clean {c.init_clean:g}", seed, inits[grid], c.times)
                 distill.train_dmd(c, teacher, copy.deepcopy(inits[grid]), samples, experts["syncnet"], experts["judge"], watch, device)
                 judge_row(name, seed, nn_model.load_dit(f"{c.out}/student.pt", device, runtime.fast_dtype(device)), c.times)
-    columns = dict(sync_c=("Sync-C", 3), reward_c=("Sync-C by the reward network", 3), psnr=("PSNR dB", 2), landmark=("landmark %", 2))
-    print(f"{base.dmd_steps} updates, {cfg.clips} clips of {cfg.split}\n\n| | " + " | ".join(t for t, _ in columns.values()) + " |\n|---|---|---|---|---|")
+    columns = dict(sync_c=("Sync-C", 3), reward_c=("Sync-C by the reward network", 3), psnr=("PSNR dB", 2), landmark=("landmark %", 2),
+                   sharp=("sharp", 2))
+    print(f"{base.dmd_steps} updates, {cfg.clips} clips of {cfg.split}\n\n| | " + " | ".join(t for t, _ in columns.values()) + " |")
+    print("|---" + "|---" * len(columns) + "|")
     for name in dict.fromkeys(r["name"] for r in rows):
         means = {k: statistics.mean(r[k] for r in rows if r["name"] == name) for k in columns}
         print(f"| {name} | " + " | ".join(f"{means[k]:.{n}f}" for k, (_, n) in columns.items()) + " |")

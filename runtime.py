@@ -91,6 +91,12 @@ def mixed(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
 
 
+def compile_in_place(net, switch, device):
+    """torch.compile for training: on, off, or auto, for a GPU only."""
+    if switch == "on" or switch == "auto" and device.type == "cuda":
+        net.compile()
+
+
 def keep_memory():
     """Let glibc keep freed memory. By default every large tensor is mapped anew and its pages are faulted in one by one: a
     quarter of a training step on a CPU."""

@@ -50,25 +50,20 @@ def tau(j, steps=STEPS, s=SHIFT):
     return shift(1 - j / steps, s)
 
 
-def per_latent(t, x):
-    """t, a float or (B, L or 1) -> something that broadcasts over patches x (B, L, N, P)."""
+def per_latent(t):
+    """t, a float or (B, L or 1) -> something that broadcasts over patches (B, L, N, P)."""
     return t[..., None, None] if torch.is_tensor(t) else t
 
 
 def add_noise(x0, eps, t):
     """x_t = (1 - t) x0 + t eps."""
-    t = per_latent(t, x0)
+    t = per_latent(t)
     return (1 - t) * x0 + t * eps
 
 
 def to_velocity(x_t, x0, t):
     """v = (x_t - x0) / t, for t > 0."""
-    return (x_t - x0) / per_latent(t, x0)
-
-
-def to_x0(x_t, v, t):
-    """x0 = x_t - t v."""
-    return x_t - per_latent(t, v) * v
+    return (x_t - x0) / per_latent(t)
 
 
 # ------------------------------------------------------------------------------------------------------------ conditions
@@ -175,8 +170,9 @@ def generate(model, conditions, times=None, noise=torch.randn_like, make_cache=C
             for i, t in enumerate(times):
                 x = add_noise(x0, noise(empty), t) if i else noise(empty)                   # noqa: F821
                 if i == 0 and before is not None:
-                    both = [torch.cat(pair, 1) for pair in zip((before[0], *before[1], before[2]), (x, *cond, audio))]
-                    x0 = call(both[0], joint, Cond(*both[1:3]), both[3], cache=cache, write=True)
+                    clean, cond_before, audio_before = before
+                    both = lambda a, b: torch.cat([a, b], 1)                                                # noqa: E731
+                    x0 = call(both(clean, x), joint, Cond(*map(both, cond_before, cond)), both(audio_before, audio), cache=cache, write=True)
                 else:
                     writes = model.cache_from == "last" and i == len(times) - 1
                     x0 = call(x, mods[i], cond, audio, cache=cache, write=writes, finished=False)
@@ -209,8 +205,8 @@ def stream(model, source, audio, times=None, seed=0, make_cache=Cache):
             if not taken:
                 return
             video = torch.stack([torch.as_tensor(f) for f in taken + taken[-1:] * (n - len(taken))])[None]
-            if video.shape[2:] != (cfg.size, cfg.size, 3):
-                raise Fail(f"frames of {tuple(video.shape[2:])} where the model needs ({cfg.size}, {cfg.size}, 3); see data.square")
+            if video.shape[2:] != (cfg.size, cfg.size, 3) or video.dtype != torch.uint8:
+                raise Fail(f"{video.dtype} frames of {tuple(video.shape[2:])} where the model needs uint8 ({cfg.size}, {cfg.size}, 3); see data.square")
             video, mel = to_float(video.to(device)), chunk_mel(audio, c, cfg).to(device)
             patches = patchify(video, cfg.patch)
             before = patchify(held_still(video[:, :1], cfg.chunk), cfg.patch) if before is None else before
@@ -258,7 +254,7 @@ def clock(frames_of, device):
 def play(path, total):
     """Yield `total` frames of a video, back and forth if it is shorter. Then its frames are kept in a file on disk, not in memory."""
     _, width, height = data.probe(path)
-    have = data.picture_seconds(path) * FPS
+    have = data.picture_seconds(path, total / FPS + 1) * FPS
     short = have < total - 1
     if short:
         data.free_space(tempfile.gettempdir(), int(have + 2) * width * height * 3, "set TMPDIR to a folder on a larger disk")
@@ -343,7 +339,7 @@ def closing_table(cfg, teacher, student, judge, device, spent):
     for name, scale in (("teacher, 50 steps, unguided", 1.), (f"teacher, 50 steps, guidance {cfg.guidance:g}", cfg.guidance)):
         dub = dub_teacher(teacher, source, mel, guidance=scale, latents=cfg.latents)
         speed = clock((dub_teacher(teacher, one[None, :T], data.log_mel(audio[:T * 640])[None].to(device), guidance=scale, latents=cfg.latents)[0]
-                       for _ in "1"), device)
+                       for _ in range(1)), device)
         rows.append((name, syncnet.judged(dub, pairs, judge), speed))
     list(stream(student, one[:24], audio, cfg.times))                                                # warm up
     speed = clock(stream(student, one, audio, cfg.times), device)

@@ -51,6 +51,7 @@ def test_written_video_reads_back(tmp_path):
     lag = np.correlate(sound[:30000], clip.audio[:30000], "full").argmax() - 29999
     assert abs(lag) <= 16                                                                  # a millisecond
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    assert data.picture_seconds(path, 9) == pytest.approx(2, abs=.05) and data.picture_seconds(path, 1) == pytest.approx(1, abs=.05)
 
 
 def test_an_odd_size_grows_by_a_pixel_and_is_not_resampled(tmp_path):

@@ -78,7 +78,7 @@ CASES = {
     "an unknown bench": ("bench love", "no such bench"),
     "a bench of nothing": ("bench speed --config huge", "one of tiny, small, base"),
     "an unknown set": ("bench quality --set hers", "dub, self, cross or all"),
-    "the quality of nothing": ("bench quality --weights missing", "no such file"),
+    "the quality of nothing": ("bench quality --weights missing", "no such folder"),
     "a long run of parts": ("bench long --seconds 25", "two or more times --window"),
     "half a clip": ("distill --config tiny --latents 10", "multiple of --chunk"),
     "no clips": ("distill --config tiny --clips 0", "--clips 0 is too small"),

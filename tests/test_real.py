@@ -67,5 +67,5 @@ def test_a_real_clip_is_judged(carphone, word, expert, tmp_path):
     video = torch.stack([data.square(f, 32, (48, 14, 72)) for f in data.read_video(carphone)])
     audio = data.read_audio(word)
     n = len(audio) // 640
-    c, d, offset = syncnet.score(expert, video[None, :n], data.log_mel(audio[: n * 640])[None])
-    assert torch.isfinite(torch.stack([c[0], d[0]])).all() and -15 <= offset.item() <= 15
+    c, d, _ = syncnet.score(expert, video[None, :n], data.log_mel(audio[: n * 640])[None])
+    assert torch.isfinite(torch.stack([c[0], d[0]])).all()

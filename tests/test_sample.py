@@ -22,12 +22,10 @@ def test_time_grid():
 
 
 @pytest.mark.parametrize("t", [.3, torch.tensor([[.2], [.9]], dtype=torch.float64)])
-def test_x0_velocity_and_noise_round_trip(t):
+def test_velocity_is_noise_less_picture(t):
     x0, eps = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     x_t = sample.add_noise(x0, eps, t)
-    v = sample.to_velocity(x_t, x0, t)
-    torch.testing.assert_close(v, eps - x0)
-    torch.testing.assert_close(sample.to_x0(x_t, v, t), x0)
+    torch.testing.assert_close(sample.to_velocity(x_t, x0, t), eps - x0)
 
 
 @torch.no_grad()
@@ -106,8 +104,9 @@ def test_a_stream_of_any_length(tiny):
     clip = data.draw(15, 31, 32)
     lengths = [len(f) for f in sample.stream(tiny, iter(clip.video), clip.audio)]
     assert lengths == [12, 12, 7]
-    with pytest.raises(data.Fail):
-        list(sample.stream(tiny, torch.zeros(12, 64, 64, 3, dtype=torch.uint8), clip.audio))
+    for frames in (torch.zeros(12, 64, 64, 3, dtype=torch.uint8), torch.zeros(12, 32, 32, 3)):
+        with pytest.raises(data.Fail, match="where the model needs"):
+            list(sample.stream(tiny, frames, clip.audio))
 
 
 def test_back_and_forth(tmp_path):
