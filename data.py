@@ -397,9 +397,10 @@ def options(cls, argv, usage, presets=None):
 
     for field in dataclasses.fields(cls):
         comment = re.search(rf"^    {field.name}: [^#\n]*# +(.*)$", source, re.M)
+        default = "; ".join([str(field.default), *(f"{fields[field.name]} in {name}" for name, fields in (presets or {}).items() if field.name in fields)])
         if field.name != "config" or not presets:
             parser.add_argument("--" + field.name, metavar=field.type.__name__.upper(), type=boolean if field.type is bool else field.type,
-                                help=f"{comment[1] if comment else ''} (default {field.default})".replace("%", "%%"))
+                                help=f"{comment[1] if comment else ''} (default {default})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if type(value) is int and value < (name not in getattr(cls, "zero", ("seed",))):

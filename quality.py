@@ -85,12 +85,14 @@ def measures(dub, pairs, judge, patch):
     """Everything that is measured of the dubs (n, T, S, S, 3) uint8 of data.Pairs, a clip each -> dict of (n,) tensors:
 
     sync_c, sync_d; psnr (dB) and ssim in the mouth mask; landmark: mean error of the mouth's opening and width as the judge reads them off
-    the picture, in percent of the picture's side; opening, width: their correlation with the truth over time; silence: the opening, in
-    percent, where the truth's has been shut for 0.2 s around (NaN without such a pause); seams, sharp: see edges."""
+    the picture, in percent of the picture's side; opening, width: their correlation with the truth over time; gain: the slope of the opening
+    over the truth's, 1 if the mouth opens as far, less if it mumbles; silence: the opening, in percent, where the truth's has been shut for 0.2 s
+    around (NaN without such a pause); seams, sharp: see edges."""
     c, d, _ = syncnet.score(judge, dub, pairs.mel)
     error = syncnet.landmark_error(dub, pairs, judge)
     read, centre = error + pairs.mouth, lambda x: x - x.mean(1, keepdim=True)
     agree = F.cosine_similarity(centre(read), centre(pairs.mouth), dim=1)    # n 2
+    gain = (centre(read) * centre(pairs.mouth)).sum(1) / centre(pairs.mouth).square().sum(1)
     shut = F.avg_pool1d((pairs.mouth[..., 0] < .01).float(), 5, 1, 2) > .99
     rows = []
     for v, t in zip(dub, pairs.truth):
@@ -98,7 +100,7 @@ def measures(dub, pairs, judge, patch):
         rows.append((ssim(v, t), border / inside / (true_border / true_inside), inside / true_inside))
     similar, seams, sharp = torch.tensor(rows).unbind(1)
     return dict(sync_c=c, sync_d=d, psnr=data.mouth_psnr(dub, pairs.truth), ssim=similar,
-                landmark=100 * error.abs().mean((1, 2)), opening=agree[:, 0], width=agree[:, 1],
+                landmark=100 * error.abs().mean((1, 2)), opening=agree[:, 0], width=agree[:, 1], gain=gain[:, 0],
                 silence=100 * (read[..., 0] * shut).sum(1) / shut.sum(1), seams=seams, sharp=sharp)
 
 
@@ -415,7 +417,7 @@ def ablate(cfg):
 def table(kind, rows):
     """The measures as Markdown, mean ± 95%."""
     columns = dict(sync_c=("Sync-C", 3), sync_d=("Sync-D", 3), psnr=("PSNR dB", 2), ssim=("SSIM", 3), landmark=("landmark %", 2), opening=("opening", 3),
-                   width=("width", 3), sharp=("sharp", 2), seams=("seams", 2), silence=("silence %", 2))
+                   width=("width", 3), gain=("gain", 2), sharp=("sharp", 2), seams=("seams", 2), silence=("silence %", 2))
     print(f"\n{kind}\n\n| | " + " | ".join(title for title, _ in columns.values()) + " |\n|---" + "|---" * len(columns) + "|")
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row[k]:.{n}f} ± {row[k + '_ci']:.{n}f}" for k, (_, n) in columns.items()) + " |")

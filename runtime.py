@@ -1,6 +1,7 @@
 """What the scripts run on: processes, devices, checkpoints that are never half-written, runs that go on where they stopped, logs."""
 import ctypes
 import dataclasses
+import datetime
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ def join_others(device=""):
     """If torchrun started several processes: meet them, each with a GPU of its own unless `device` says cpu. Only the first one speaks."""
     if "LOCAL_RANK" in os.environ:
         gpu = torch.cuda.is_available() and device != "cpu"
-        dist.init_process_group("nccl" if gpu else "gloo")
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=2))      # the first one reads a folder, trains the experts
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if ranks()[0]:

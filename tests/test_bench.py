@@ -80,6 +80,15 @@ def test_long_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
         bench.main(["long", "--seconds", "25"])
 
 
+def test_a_mumbler_has_half_the_gain(expert, monkeypatch):
+    """Read as opening half as far as the truth, always in step with it: correlation 1, gain 1/2."""
+    pairs = data.held_out(2, 32, "watch", torch.device("cpu"), latents=6)
+    monkeypatch.setattr(quality.syncnet, "landmark_error", lambda dub, pairs, judge: -.5 * pairs.mouth)
+    q = quality.measures(pairs.truth, pairs, expert, 8)
+    torch.testing.assert_close(q["gain"], torch.full((2,), .5))
+    torch.testing.assert_close(q["opening"], torch.ones(2))
+
+
 def test_drift_and_border_jump_by_hand():
     truth = torch.full((24, 32, 32, 3), 100, dtype=torch.uint8)
     redder = truth.clone()
