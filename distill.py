@@ -98,9 +98,9 @@ def down_to(last):
 EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch", "judge_clips"
 DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": ["teacher", *down_to("init_lr")],
            "student": ["teacher", *down_to("sync_loss")]}
-# What is a stage's own business: with other values than the preset's, its bundled result is not used.
-OF = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_batch", "judge_clips"],
-      "teacher": "teacher_steps teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
+# Fields that are a stage's own: with other values than the preset's, its bundled result is not used.
+OWN = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_batch", "judge_clips"],
+       "teacher": "teacher_steps teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
@@ -399,7 +399,7 @@ def locate(name, cfg):
         beside, bundled = [Path(cfg.teacher).parent] if cfg.teacher else [], [Path(__file__).parent / "weights" / cfg.config]
         for folder in beside + (bundled if not cfg.folder or name == "judge" else []):          # which have only ever seen drawn people
             if (folder / f"{name}.pt").is_file():
-                other = [f for f in OF[name] if getattr(cfg, f) != PRESETS[cfg.config].get(f, getattr(Config, f))]
+                other = [f for f in OWN[name] if getattr(cfg, f) != PRESETS[cfg.config].get(f, getattr(Config, f))]
                 if name == "teacher" and other:
                     raise Fail(f"--{other[0]} is the teacher's, and one is bundled: train your own first, with the same and --stage teacher")
                 return None if other else folder / f"{name}.pt"          # an expert of other settings is trained
