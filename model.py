@@ -331,7 +331,7 @@ class DiT(nn.Module):
         shift, scale = mod[:, :, None, 6:].unbind(3)
         x = self.head(F.layer_norm(x, (x.shape[-1],)) * (1 + scale) + shift)
         x = OverlapAdd.apply(x.view(B * L, self.n // 2, self.n, -1), self.cfg.patch, self.m)
-        x0 = cond.known + self.mask * x.view(B, L, N, -1)
+        x0 = cond.known + self.mask.to(x.dtype) * x.view(B, L, N, -1)
         if write:
             cache.advance()
         return x0

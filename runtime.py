@@ -66,6 +66,25 @@ def part_of(batch, cfg):
     return batch // cfg.accumulate
 
 
+def optimizer_step(net, rates):
+    """Average the gradient over the processes, clip it at 1, step each optimizer at its rate ({optimizer: rate}), clear. -> gradient norm.
+    Fail, before any weight is touched: not finite."""
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    if ranks()[1] > 1:
+        together = mean_over_ranks(torch.cat([g.flatten() for g in grads]))
+        for g, part in zip(grads, together.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
+    if not norm.isfinite():
+        raise Fail("the gradient is not finite; go on from the last checkpoint by running the same again, with a lower learning rate if it comes back")
+    for optimizer, lr in rates.items():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    net.zero_grad()
+    return norm.item()
+
+
 # -------------------------------------------------------------------------------------------------- devices, checkpoints
 def find_device(name=""):
     """The named device, or the best there is."""

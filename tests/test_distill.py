@@ -228,18 +228,23 @@ def test_a_stopped_stage_goes_on_to_the_same_end(stage, cfg, samples, tiny, expe
     assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values()))
 
 
-def test_edge_loss_is_that_of_the_picture(tiny, parts):
-    """Token by token it must be what the whole lower half of the picture gives; a clean chunk (weight 0) takes no part."""
+def test_denoising_loss_is_that_of_the_picture(tiny, parts, monkeypatch):
+    """Token by token, its value and its own backward must be what autograd finds on the whole lower half of the picture; a clean chunk (weight 0) takes
+    no part."""
     x, _, _ = parts(4)
-    y = torch.randn_like(x)
-    e = data.unpatchify(torch.cat([torch.zeros_like(x), x - y], -1), 8)[:, :, 16:]                  # B T 16 32 3
-    expected = sum(e.diff(dim=d).square().mean() for d in (1, 2, 3)) / tiny.mask.mean()
-    assert distill.edge_loss(tiny, x, y).item() == pytest.approx(expected.item(), rel=.02)          # bf16 where that is fast
-    first = torch.tensor([[0., 0., 0., 1.]]).expand(len(x), 4)
-    part = e[:, 12:]
-    expected = part[:, 0].square().mean() / 15 + part.diff(dim=1).square().mean() * 3 / 15
-    expected = expected + (part.diff(dim=2).square().mean() + part.diff(dim=3).square().mean()) / 4
-    assert distill.edge_loss(tiny, x, y, first).item() == pytest.approx((expected / tiny.mask.mean()).item(), rel=.02)
+    y, weight = x + tiny.mask * torch.randn_like(x), torch.tensor([[1., .25, 0., 2.], [4., 4., 4., 4.]])
+    x.requires_grad_()
+    picture = lambda z: data.unpatchify(torch.cat([torch.zeros_like(z), z], -1), 8)[:, :, 16:]              # noqa: E731  B T 16 32 3
+    e = (x - y) * weight[..., None, None].sqrt()
+    plain = (e.square() * tiny.mask).mean() / tiny.mask.mean()
+    whole = plain + 2 * sum(picture(e).diff(dim=d).square().mean() for d in (1, 2, 3)) / tiny.mask.mean()
+    for edges, expected in ((0., plain), (2., whole)):
+        for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, .02)):
+            monkeypatch.setattr(runtime, "fast_dtype", lambda device, dtype=dtype: dtype)
+            loss = distill.DenoisingLoss.apply(x, y, weight, edges, tiny)
+            assert loss.item() == pytest.approx(expected.item(), rel=close)
+            a, b = (torch.autograd.grad(3 * z, x, retain_graph=True)[0] for z in (loss, expected))
+            assert (a - b).norm() < close * b.norm() and not a[0, 2].any()
 
 
 def test_a_bundled_teacher_does_not_swallow_options(tmp_path):
