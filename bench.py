@@ -99,6 +99,11 @@ def teacher_flops(cfg, latents):
     return 3 * one - entry + 2 * conditions
 
 
+def muon_flops(matrices):
+    """An update of Muon, beside the model's own work: five Newton-Schulz steps of X (n, m), n <= m, each A = X X^T, A A and a product with X."""
+    return sum(5 * (4 * n * n * m + 2 * n ** 3) for n, m in (sorted(x.shape) for x in matrices))
+
+
 def passes(model, clip, device, rounds):
     """Milliseconds of each part of a chunk, once the window is full: {part: median}. The cache pass stands alone here; a stream runs it
     together with the next chunk's pass 1."""
@@ -157,7 +162,8 @@ def training(name, device, peak):
     # the student's backward, the teacher (twice where it is guided) and the critic's guess.
     rollout, guided = .5 * (1 + len(cfg.times)) * one + one - head + conditions, (cfg.band_last - cfg.band_first) / 50
     update = cfg.critic_updates * (rollout + step) + (2 * one - entry + conditions) + (1 + guided) * one + one + 2 * conditions
-    return dict(teacher_step_s=teacher_s, student_update_s=update_s, mfu=step * cfg.teacher_batch / teacher_s / peak / 1e9,
+    rate, muon = step * cfg.teacher_batch / teacher_s / 1e9, muon_flops(distill.muon_and_adam(net, cfg)[0].param_groups[0]["params"])
+    return dict(teacher_step_s=teacher_s, student_update_s=update_s, mfu=rate / peak, mfu_counting_muon=(rate + muon / teacher_s / 1e9) / peak,
                 student_update_mfu=update * cfg.dmd_batch / update_s / peak / 1e9)
 
 
@@ -340,9 +346,9 @@ def cost(cfg):
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
     x0 = torch.randn(1, recipe.latents, *net.mask.shape)
-    windows = data.mel_windows(torch.zeros(1, 16 * recipe.latents, data.MELS), net.cfg)
+    heard = data.hearing(torch.zeros(1, 16 * recipe.latents, data.MELS), net.cfg)
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        cond, audio = net.embed_cond(x0.repeat(1, 1, 1, 2), x0.repeat(1, 1, 1, 2)), net.embed_audio(windows)
+        cond, audio = net.embed_cond(x0.repeat(1, 1, 1, 2), x0.repeat(1, 1, 1, 2)), net.embed_audio(heard)
         loss = distill.flow_loss(net, x0, cond, audio, torch.full((1, 1), .5), recipe.weight_clip, recipe.edges)
     n, step = recipe.teacher_batch, recipe.teacher_batch * teacher_flops(net.cfg, recipe.latents)
     result = dict(about("cost", cfg, "cpu"), parameters=parameters, tokens=nn_model.tokens(net.cfg), chunk_gflop=chunk_flops(net.cfg) / 1e9,

@@ -95,14 +95,12 @@ def to_uint8(video):
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def mel_windows(mel, cfg, start=0, latents=None):
-    """mel (B, M, MELS), 16 frames to a latent frame -> (B, L, back + 16 + ahead, MELS): what each latent frame hears, from
-    latent frame `start` on. Each window stands alone, so a chunk's audio features are those of the whole file."""
-    latents = mel.shape[1] // 16 - start if latents is None else latents
-    lo, hi = 16 * start - cfg.audio_back, 16 * (start + latents) + cfg.audio_ahead
+def hearing(mel, cfg, start=0, end=None):
+    """mel (B, M, MELS), 16 frames to a latent frame -> (B, back + 16 L + ahead, MELS): what the L latent frames from `start` to `end` hear.
+    Each hears only its own 16, `back` before and `ahead` after them, so a chunk's audio features are those of the whole file."""
+    lo, hi = 16 * start - cfg.audio_back, 16 * (mel.shape[1] // 16 if end is None else end) + cfg.audio_ahead
     part = mel[:, max(0, lo):hi]
-    part = F.pad(part, (0, 0, max(0, -lo), hi - max(0, lo) - part.shape[1]), value=SILENCE)
-    return part.unfold(1, cfg.audio_back + 16 + cfg.audio_ahead, 16).transpose(2, 3)
+    return F.pad(part, (0, 0, max(0, -lo), hi - max(0, lo) - part.shape[1]), value=SILENCE)
 
 
 # ---------------------------------------------------------------------------------------------------- training samples
@@ -160,25 +158,24 @@ class Bank:
 class Batch(NamedTuple):
     source: torch.Tensor        # (B, L, N, 2 P) float in [-1, 1]: see patchify
     reference: torch.Tensor     # the same shape: chunks of other moments
-    heard: torch.Tensor         # (B, L, W, MELS)
-    mel: torch.Tensor           # (B, 16 L, MELS), for the reward
+    heard: torch.Tensor         # (B, back + 16 L + ahead, MELS): see hearing
+    mel: torch.Tensor           # (B, 16 L, MELS), a part of it, for the reward
 
     @property
     def x0(self):
-        """(B, L, N, P) float32: the lower half, what is to be generated."""
-        return self.source[..., self.source.shape[-1] // 2:].float()
+        """(B, L, N, P): the lower half, what is to be generated."""
+        return self.source[..., self.source.shape[-1] // 2:]
 
 
 class Samples:
     """Training samples out of a Bank, cut into patches once, in the Bank's memory: gigabytes need not fit twice. The Bank is empty afterwards."""
 
     def __init__(self, bank, cfg, device, dtype=torch.float32):
-        self.cfg, self.dtype, self.mel = cfg, dtype, bank.mel.to(device)
+        self.cfg, self.dtype, self.heard = cfg, dtype, hearing(bank.mel, cfg).to(device)
         for video in bank.video:
             video.view(-1)[:] = patchify(video[None], cfg.patch).flatten()
         n, T = bank.video.shape[:2]
         self.patches, bank.video = bank.video.view(n, T // 4, -1, 24 * cfg.patch ** 2).to(device), None
-        self.heard = mel_windows(self.mel, cfg)
 
     def draw(self, n, rng, rank=0, world=1):
         """-> Batch of n, or process `rank`'s share of it if there are more. The reference of each chunk is another moment, outside the
@@ -201,8 +198,8 @@ class Samples:
             chunk = reference[b, c * k:(c + 1) * k].unflatten(-1, (2, 4, -1))                         # k N half f 3pp
             chunk[:] = chunk[:1, :, :, :1].clone()
         source, reference = (x.to(self.dtype).sub_(127.5).div_(127.5) for x in (source, reference))
-        mel = torch.stack([self.mel[c, 16 * s:16 * (s + L)] for c, s in zip(clip, first)])
-        return Batch(source, reference, self.heard[clip[:, None], at], mel)
+        heard = torch.stack([self.heard[c, 16 * s:16 * (s + L) + cfg.audio_back + cfg.audio_ahead] for c, s in zip(clip, first)])
+        return Batch(source, reference, heard, heard[:, cfg.audio_back:cfg.audio_back + 16 * L])
 
 
 # ----------------------------------------------------------------------------------------------------- real video files

@@ -62,20 +62,19 @@ def visible(c, cfg):
 
 
 def rope_table(cfg, latents=MAX_LATENTS):
-    """(latents, N, 2, head / 2) cosines and sines; half of a head turns with the latent frame, a quarter each with row and column."""
+    """(latents, N, 2, head) cosines and sines as `rotate` takes them; half of a head turns with the latent frame, a quarter each with row and column."""
     n, head = cfg.size // cfg.patch, cfg.width // cfg.heads
     turns = lambda positions, pairs: positions[:, None] * 100. ** -(torch.arange(pairs) / pairs)      # noqa: E731
     time, space = turns(torch.arange(float(latents)), head // 4), turns(torch.arange(float(n)), head // 8)
     shape = latents, n // 2, n, -1
     angle = torch.cat([time[:, None, None].expand(shape), space[: n // 2, None].expand(shape), space.expand(shape)], -1).flatten(1, 2)
-    return torch.stack([angle.cos(), angle.sin()], 2)
+    return torch.stack([torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)], 2)
 
 
 def rotate(x, table):
-    """RoPE. x (B, h, S, d), table (S/N latent frames, N, 2, d/2)."""
-    cos, sin = table.to(x.dtype).flatten(0, 1).unbind(1)                                      # each (S, d/2)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    """RoPE: each pair (a, b) = (x[i], x[i + d/2]) -> (a cos - b sin, b cos + a sin). x (B, h, S, d), table (S/N latent frames, N, 2, d)."""
+    cos, sin = table.to(x.dtype).flatten(0, 1).unbind(1)                                      # each (S, d)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def dense(q, k, v):
@@ -194,13 +193,13 @@ class Block(nn.Module):
         h = self.cfg.heads
         shift, scale, gate, shift2, scale2, gate2 = (mod + self.modulation)[:, :, None].unbind(3)  # each B L 1 D
         x = x + audio[:, :, None]
-        y = F.layer_norm(x, (D,)) * (1 + scale) + shift
+        y = torch.addcmul(shift, F.layer_norm(x, (D,)), scale)
         q, k, v = self.qkv(y).view(B, L * N, 3, h, D // h).permute(2, 0, 3, 1, 4)                  # each B h LN d
         norm = lambda z, g: F.layer_norm(z, (D // h,), g.to(z.dtype))        # noqa: E731  QK-norm as in ViT-22B, arXiv 2302.05442
         y = attend(norm(q, self.q_scale), norm(k, self.k_scale), v)
-        x = x + gate * self.out(y.transpose(1, 2).reshape(B, L, N, D))
-        y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.silu(self.up(y)))
+        x = torch.addcmul(x, gate, self.out(y.transpose(1, 2).reshape(B, L, N, D)))
+        y = torch.addcmul(shift2, F.layer_norm(x, (D,)), scale2)
+        return torch.addcmul(x, gate2, self.down(F.silu(self.up(y))))
 
 
 class OverlapAdd(torch.autograd.Function):
@@ -293,16 +292,18 @@ class DiT(nn.Module):
         """t (B, L or 1) in 0..1 or a float -> (B, L or 1, 8, D): all that depends on time alone, for as many passes as share it."""
         t = torch.as_tensor(t, dtype=torch.float32, device=self.mask.device)
         freq = 1000 * t.reshape(t.shape if t.ndim == 2 else (1, 1))[..., None] * torch.exp(-torch.arange(64, device=t.device) / 64 * 9.21)
-        return self.time(torch.cat([freq.cos(), freq.sin()], -1).to(self.head.weight.dtype)).unflatten(-1, (8, -1))
+        dtype = self.head.weight.dtype
+        mod = self.time(torch.cat([freq.cos(), freq.sin()], -1).to(dtype)).to(dtype).unflatten(-1, (8, -1))
+        mod[:, :, 1::3] += 1                                     # the scales, the head's included (in autocast's bf16 it would round them)
+        return mod
 
-    def embed_audio(self, windows, drop=None):
-        """windows (B, L, back + 16 + ahead, MELS) -> (B, L, depth, D); drop (B,) bool: told nothing (guidance's null)."""
-        B, L, W, M = windows.shape
-        y = self.hear(windows.reshape(B * L, W, M).transpose(1, 2).to(self.dtype(windows)))           # BL HEARD 7
-        y = self.hear_out(y.flatten(1)).view(B, L, -1)
+    def embed_audio(self, heard, drop=None):
+        """heard (B, back + 16 L + ahead, MELS), see data.hearing -> (B, L, depth, D); drop (B,) bool: told nothing (guidance's null)."""
+        y = self.hear(heard.transpose(1, 2).to(self.dtype(heard)))                                    # B HEARD 4L+3
+        y = self.hear_out(y.unfold(2, self.hear_out.in_features // HEARD, 4).transpose(1, 2).flatten(2))
         if drop is not None:
-            y = torch.where(drop.view(B, 1, 1), self.null_audio.to(y.dtype), y)
-        return self.audio_to_blocks(y).view(B, L, self.cfg.depth, -1)
+            y = torch.where(drop.view(-1, 1, 1), self.null_audio.to(y.dtype), y)
+        return self.audio_to_blocks(y).unflatten(-1, (self.cfg.depth, -1))
 
     def forward(self, x_t, t, cond, audio, causal=False, cache=None, write=False, finished=True):
         """x_t (B, L, N, P): noisy patches; t (B, L), (B, 1) or a float in 0..1: their noise level, or its `modulation` -> x0 (B, L, N, P).
@@ -329,7 +330,7 @@ class DiT(nn.Module):
         if finished:
             x, mod, cond, L = x[:, k:], mod[:, -k:], Cond(*(c[:, k:] for c in cond)), L - k
         shift, scale = mod[:, :, None, 6:].unbind(3)
-        x = self.head(F.layer_norm(x, (x.shape[-1],)) * (1 + scale) + shift)
+        x = self.head(torch.addcmul(shift, F.layer_norm(x, (x.shape[-1],)), scale))
         x = OverlapAdd.apply(x.view(B * L, self.n // 2, self.n, -1), self.cfg.patch, self.m)
         x0 = cond.known + self.mask.to(x.dtype) * x.view(B, L, N, -1)
         if write:

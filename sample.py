@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data
 import runtime
 import syncnet
-from data import FPS, RATE, Fail, mel_windows, patchify, picture, to_float, to_uint8
+from data import FPS, RATE, Fail, hearing, patchify, picture, to_float, to_uint8
 from model import Cache, Cond, load_dit
 from runtime import mixed
 
@@ -57,8 +57,7 @@ def per_latent(t):
 
 def add_noise(x0, eps, t):
     """x_t = (1 - t) x0 + t eps."""
-    t = per_latent(t)
-    return (1 - t) * x0 + t * eps
+    return torch.lerp(x0.to(eps.dtype), eps, per_latent(t))
 
 
 def to_velocity(x_t, x0, t):
@@ -131,7 +130,7 @@ def dub_teacher(model, source, mel, steps=STEPS, guidance=1., latents=12, seed=0
         for a in range(0, L, latents):
             a = max(0, min(a, L - latents))
             b = min(L, a + latents)
-            cond, audio = model.embed_cond(source[:, a:b], reference[:, a:b]), model.embed_audio(mel_windows(mel, model.cfg, a, b - a))
+            cond, audio = model.embed_cond(source[:, a:b], reference[:, a:b]), model.embed_audio(hearing(mel, model.cfg, a, b))
             out[:, a:b] = euler(model, cond, audio, steps, guidance, rng)
     return to_uint8(picture(join(out, model.mask, model.cfg.chunk), source, p))
 
@@ -186,7 +185,7 @@ def dub_student(model, source, mel, times=None, seed=0):
     p = model.cfg.patch
     reference, source = patchify(to_float(previous_chunk(source, model.cfg)), p), patchify(to_float(source), p)
     with mixed(source.device), torch.no_grad():
-        cond, audio = model.embed_cond(source, reference), model.embed_audio(mel_windows(mel, model.cfg))
+        cond, audio = model.embed_cond(source, reference), model.embed_audio(hearing(mel, model.cfg))
     x0 = torch.cat(list(generate(model, in_chunks(cond, audio, model.cfg.chunk), times, seeded(seed))), 1)
     return to_uint8(picture(join(x0, model.mask, model.cfg.chunk), source, p))
 
@@ -223,7 +222,7 @@ def stream(model, source, audio, times=None, seed=0, make_cache=Cache):
 
 
 def chunk_mel(audio, c, cfg):
-    """The log-mel windows of chunk c: (1, chunk, back + 16 + ahead, MELS), bit for bit those of the whole file. Reads no sample beyond the
+    """What chunk c hears: (1, back + 16 chunk + ahead, MELS), bit for bit that of the whole file. Reads no sample beyond the
     look-ahead and the 7.5 ms that its last mel frame reaches further."""
     margin = -(-max(cfg.audio_back, cfg.audio_ahead) // 4) + 1               # video frames; one more for the mel's own window
     lo, hi = 4 * cfg.chunk * c - margin, 4 * cfg.chunk * (c + 1) + margin
@@ -234,7 +233,7 @@ def chunk_mel(audio, c, cfg):
     mel = data.log_mel(part)[None, 4 * margin - cfg.audio_back: len(part) // data.HOP - 4 * margin + cfg.audio_ahead]
     at = torch.arange(mel.shape[1]) + 16 * cfg.chunk * c - cfg.audio_back              # mel frames of the file; outside it is silence
     mel[:, (at < 0) | (at >= 4 * -(-len(audio) // per))] = data.SILENCE
-    return mel.unfold(1, cfg.audio_back + 16 + cfg.audio_ahead, 16).transpose(2, 3)
+    return mel
 
 
 def clock(frames_of, device):

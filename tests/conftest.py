@@ -58,6 +58,6 @@ def parts(tiny):
         video = torch.rand(batch, 4 * latents, 32, 32, 3) * 2 - 1
         patches = data.patchify(video, 8)
         cond = tiny.embed_cond(patches, patches.roll(1, 1))
-        heard = data.mel_windows(torch.randn(batch, 16 * latents, data.MELS), tiny.cfg)
+        heard = data.hearing(torch.randn(batch, 16 * latents, data.MELS), tiny.cfg)
         return torch.randn_like(cond.known), nn_model.Cond(*(c.detach() for c in cond)), tiny.embed_audio(heard).detach()
     return make

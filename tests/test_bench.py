@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import data
+import distill
 import model as nn_model
 import quality
 import runtime
@@ -18,7 +19,7 @@ def test_speed_ends_in_json(capsys, tmp_path):
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["student"]["fps"] > 0 and result["student"]["passes_per_chunk"] == 3 and {"pass 1", "cache pass"} <= set(result["student"]["ms"])
     assert result["bound"] == pytest.approx(100 / 3) and result["ratio"] == pytest.approx(result["student"]["fps"] / result["teacher_guided"]["fps"])
-    assert 0 < result["train"]["mfu"] < 1 and result["train"]["student_update_s"] > result["train"]["teacher_step_s"] > 0
+    assert 0 < result["train"]["mfu"] < result["train"]["mfu_counting_muon"] < 1 and result["train"]["student_update_s"] > result["train"]["teacher_step_s"] > 0
     bench.main(["attention", "--config", "tiny", "--rounds", "1", "--flex", "0", "--out", str(tmp_path)])
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
     assert [r["latents"] for r in rows] == [12, 48, 192] and all(r["a call a chunk"] > 0 for r in rows)
@@ -137,3 +138,9 @@ def test_cost_counts_what_is_there(capsys):
         net(torch.randn(1, 12, 8, 768), .5, net.embed_cond(*torch.randn(2, 1, 12, 8, 1536)), torch.randn(1, 12, 4, 96))
     forward = sum(bench.flops(net.cfg, 12)[i] for i in (0, 3))
     assert forward == pytest.approx(counted.get_total_flops(), rel=.1)       # less the sound and the time
+    muon, _ = distill.muon_and_adam(net, distill.Config())
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    with FlopCounterMode(display=False) as counted:
+        muon.step()
+    assert bench.muon_flops(muon.param_groups[0]["params"]) == counted.get_total_flops()

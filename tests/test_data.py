@@ -103,14 +103,15 @@ def test_29_97_fps_does_not_drift(tmp_path):
         assert abs(bright - (1 + int(n / 25 * 29.97 / 599 * 62))) <= 1
 
 
-def test_mel_windows_hear_back_and_ahead():
+def test_hearing_reaches_back_and_ahead():
     cfg = nn_model.Config()
     mel = torch.arange(160.).view(1, 160, 1).expand(-1, -1, data.MELS)
-    heard = data.mel_windows(mel, cfg)
-    assert heard.shape == (1, 10, 44, data.MELS)
-    assert heard[0, 3, 0, 0] == 48 - 16 and heard[0, 3, -1, 0] == 63 + 12
-    assert (heard[0, 0, :16] == data.SILENCE).all() and (heard[0, -1, -12:] == data.SILENCE).all()
-    assert torch.equal(data.mel_windows(mel, cfg, 4, 3), heard[:, 4:7])
+    heard = data.hearing(mel, cfg)
+    assert heard.shape == (1, 16 + 160 + 12, data.MELS) and torch.equal(heard[:, 16:-12], mel)
+    assert (heard[0, :16] == data.SILENCE).all() and (heard[0, -12:] == data.SILENCE).all()
+    part = data.hearing(mel, cfg, 4, 7)
+    assert part.shape == (1, 16 + 48 + 12, data.MELS) and part[0, 0, 0] == 64 - 16 and part[0, -1, 0] == 111 + 12
+    assert torch.equal(part, heard[:, 64:140])
 
 
 def test_square_and_box():

@@ -121,7 +121,7 @@ def test_outside_the_mask_the_source_is_kept(tiny):
     video = torch.rand(1, 12, 32, 32, 3) * 2 - 1
     patches = data.patchify(video, 8)
     cond = tiny.embed_cond(patches, patches)
-    audio = tiny.embed_audio(data.mel_windows(torch.randn(1, 48, data.MELS), tiny.cfg))
+    audio = tiny.embed_audio(data.hearing(torch.randn(1, 48, data.MELS), tiny.cfg))
     out = data.picture(tiny(torch.randn_like(cond.known), .9, cond, audio), patches, 8)
     outside = (data.mouth_mask(32) == 0)[None, None, :, :, None].expand_as(video)
     assert torch.equal(out[outside], video[outside]) and not torch.allclose(out, video, atol=.05)
