@@ -24,7 +24,7 @@ import syncnet
 from data import Fail
 from model import SIZES, Cache, Cond, DiT, model_fields, save_dit
 from runtime import Log, Progress, mean_over_ranks, mine, mixed, noise_like, optimizer_step, part_of, ranks
-from sample import SHIFT, TIMES, add_noise, closing_table, dub_student, dub_teacher, generate, guided, in_chunks, null_audio, shift, side_by_side, tau
+from sample import TIMES, add_noise, closing_table, dub_student, dub_teacher, generate, guided, in_chunks, null_audio, shift, side_by_side, tau
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class Config(nn_model.Config):
     # init (diffusion forcing); paper: 5,000 steps, lr 1e-5
     init_steps: int = 150
     init_batch: int = 16
-    landing: int = 30               # j of the student's second step (paper: 30)
+    landing: int = 40               # j of the student's second step (paper: 30)
     student_steps: int = 2          # denoising calls a chunk (paper: 2); more of them divide the way to the landing
     cache: str = "clean"            # what the student's cache is written from: clean, a pass at t = 0 (paper), or last, the last denoising pass
     student_ema: float = .95
@@ -72,7 +72,8 @@ class Config(nn_model.Config):
     student_lr: float = 2e-5        # paper: 2e-6 for both nets
     critic_lr: float = 4e-5
     critic_updates: int = 5         # critic updates to one of the student (paper: 5)
-    guidance: float = 3.            # teacher's, inside the window (paper: 4.5)
+    dmd_shift: float = 1.5          # times at which teacher and critic are asked are uniform, then shifted: the lower, the sharper (paper: 5)
+    guidance: float = 2.            # teacher's, inside the window (paper: 4.5)
     sync_window: str = "on"         # teacher is guided in the window: on, off (no guidance), reversed, all (guided everywhere)
     band_first: int = 20            # j of the 50-step grid (paper: 20)
     band_last: int = 40             # (paper: 40)
@@ -328,7 +329,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                         optimizer=optimizer, critic_optimizer=critic_optimizer)
     log, n = Log(cfg.out, "dmd", cfg.dmd_steps, progress.step // cfg.critic_updates), part_of(cfg.dmd_batch, cfg)
     values, critic_losses = {}, []                               # those since the last line: each is of few samples, at times of chance
-    draw_t = lambda: mine(shift(torch.rand(n, 1, generator=rng), SHIFT).clamp(.001, .999)).to(device)               # noqa: E731
+    draw_t = lambda: mine(shift(torch.rand(n, 1, generator=rng), cfg.dmd_shift).clamp(.001, .999)).to(device)               # noqa: E731
     runtime.compile_in_place(critic, cfg.compile, device)
     refresh(fast, student)
     for i in range(progress.step + 1, iterations + 1):

@@ -35,8 +35,8 @@ from runtime import mixed
 
 SHIFT = 5.                  # paper: 5
 STEPS = 50                  # the teacher's grid (paper: 50)
-TIMES = (.999, .769)        # the student's two steps: noise, and j = 30 of the grid (paper: the same)
-LEAN = .25, .35             # how far the first frame of a token leans towards the one before: inside a chunk, and at its start
+TIMES = (.999, .556)        # the student's two steps: noise, and j = 40 of the grid (paper: j = 30, .769)
+LEAN = .2, .3               # how far the first frame of a token leans towards the one before: inside a chunk, and at its start
 
 
 # ---------------------------------------------------------------------------------------------------- flow-matching time

@@ -123,7 +123,7 @@ def test_ablate_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
     bench.main(["ablate", "--config", "tiny", "--weights", str(tmp_path), "--out", str(tmp_path), "--only", "1 step", "--updates", "1",
                 "--train_clips", "6", "--clips", "2"])
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
-    assert [r["name"] for r in rows] == ["init alone, steps 1, landing 30, cache clean, clean 0.5", "1 step"]
+    assert [r["name"] for r in rows] == ["init alone, steps 1, landing 40, cache clean, clean 0.5", "1 step"]
     assert all(0 < r["psnr"] < 40 and r["landmark"] > 0 for r in rows)
     with pytest.raises(data.Fail, match="no row is called so"):
         bench.main(["ablate", "--only", "love"])
