@@ -44,6 +44,7 @@ from runtime import mixed
 @dataclasses.dataclass
 class Speed:
     config: str = "tiny"
+    size: int = 0           # side of the square in pixels; 0: the config's
     device: str = ""
     threads: int = 0        # CPU threads; 0: as many as torch takes
     rounds: int = 5         # times that each row is measured, taking turns
@@ -53,7 +54,7 @@ class Speed:
     memory: bool = True     # and the peak memory of dubbing 30 and 180 seconds
     chunks: int = 300       # in the figure, at least 104
     seed: int = 0
-    zero = ("seed", "threads")
+    zero = ("seed", "threads", "size")
     out: str = "out/bench"
 
 
@@ -147,10 +148,10 @@ def steps_of(train, folder, stage):
     return statistics.median(b["seconds"] - a["seconds"] for a, b in zip(rows[1:], rows[2:]) if "psnr" not in {**a, **b} and b["step"] == a["step"] + 1)
 
 
-def training(name, device, peak):
+def training(recipe, device, peak):
     """Seconds of a teacher step and of a student update (with its critic updates), by the trainings themselves."""
     with tempfile.TemporaryDirectory() as folder:
-        cfg = distill.Config(**dict(distill.PRESETS[name], config=name, out=folder, clips=8, teacher_steps=16, dmd_steps=18, compile="off"))
+        cfg = dataclasses.replace(recipe, out=folder, clips=8, teacher_steps=16, dmd_steps=18)
         samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, device, runtime.fast_dtype(device))
         watch, judge = data.held_out(1, cfg.size, "watch", device), syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(device).eval()
         teacher_s = steps_of(lambda: distill.train_teacher(cfg, samples, judge, judge, watch, device), folder, "teacher")
@@ -162,7 +163,7 @@ def training(name, device, peak):
     # the student's backward, the teacher (twice where it is guided) and the critic's guess.
     rollout, guided = .5 * (1 + len(cfg.times)) * one + one - head + conditions, (cfg.band_last - cfg.band_first) / 50
     update = cfg.critic_updates * (rollout + step) + (2 * one - entry + conditions) + (1 + guided) * one + one + 2 * conditions
-    rate, muon = step * cfg.teacher_batch / teacher_s / 1e9, muon_flops(distill.muon_and_adam(net, cfg)[0].param_groups[0]["params"])
+    rate, muon = step * cfg.teacher_batch / teacher_s / 1e9, muon_flops(runtime.muon_and_adam(net, cfg)[0].param_groups[0]["params"])
     return dict(teacher_step_s=teacher_s, student_update_s=update_s, mfu=rate / peak, mfu_counting_muon=(rate + muon / teacher_s / 1e9) / peak,
                 student_update_mfu=update * cfg.dmd_batch / update_s / peak / 1e9)
 
@@ -200,8 +201,9 @@ def speed(cfg):
     if cfg.chunks < 104:
         raise Fail(f"--chunks {cfg.chunks}: at least 104, to compare the first with the last")
     device = start(cfg)
-    model = DiT(Config(**nn_model.SIZES[cfg.config])).to(device, runtime.fast_dtype(device)).eval()
-    recipe = distill.Config(**distill.PRESETS[cfg.config])
+    recipe = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config, compile="off"))
+    recipe.size = cfg.size or recipe.size
+    model = DiT(Config(**nn_model.model_fields(recipe))).to(device, runtime.fast_dtype(device)).eval()
     window = 4 * recipe.latents                                                     # frames that the teacher makes at once
     T = max(1, round(cfg.seconds * data.FPS / window)) * window
     clip = data.draw(data.SPLITS["held-out"], T, model.cfg.size)
@@ -241,7 +243,7 @@ def speed(cfg):
     for name in middle.keys() - {"student", "teacher", "teacher_guided"}:
         result[name] = dict(fps=middle[name], ttff_s=ttff[name])
     if cfg.training:
-        result["train"] = training(cfg.config, device, peak)
+        result["train"] = training(recipe, device, peak)
     if cfg.memory and sys.platform == "linux":
         result["peak_rss_mb"] = {f"{s} s": peak_memory(model, s) for s in (30, 180)}
         model.to(runtime.fast_dtype(device))

@@ -23,7 +23,7 @@ import runtime
 import syncnet
 from data import Fail
 from model import SIZES, Cache, Cond, DiT, model_fields, save_dit
-from runtime import Log, Progress, mean_over_ranks, mine, mixed, noise_like, optimizer_step, part_of, ranks
+from runtime import Log, Progress, ema, mean_over_ranks, mine, mixed, muon_and_adam, noise_like, optimizer_step, part_of, ranks, rate, refresh
 from sample import TIMES, add_noise, closing_table, dub_student, dub_teacher, generate, guided, in_chunks, null_audio, shift, side_by_side, tau
 
 
@@ -48,6 +48,7 @@ class Config(nn_model.Config):
     judge_clips: int = 2000         # people at most that only the judge learns from
     # teacher
     teacher_steps: int = 3000
+    start: str = ""                 # a teacher's checkpoint to go on from: --teacher_steps more of them, at half of the rates
     teacher_batch: int = 16
     teacher_lr: float = 1.5e-3      # AdamW's
     muon_lr: float = .02            # Muon's, for the matrices of the blocks
@@ -101,7 +102,7 @@ DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema")
            "student": ["teacher", *down_to("sync_loss")]}
 # Fields that are a stage's own: with other values than the preset's, its bundled result is not used.
 OWN = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_batch", "judge_clips"],
-       "teacher": "teacher_steps teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
+       "teacher": "teacher_steps start teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1800, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
@@ -109,12 +110,6 @@ PRESETS = {
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
-
-
-@torch.no_grad()
-def ema(average, net, decay, step):
-    """average <- decay average + (1 - decay) net; shorter at the beginning, when the weights are still far off."""
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
 
 
 # -------------------------------------------------------------------------------------------------------------- teacher
@@ -162,23 +157,15 @@ def flow_loss(model, x0, cond, audio, t, weight_clip, edges=0.):
     return DenoisingLoss.apply(model(add_noise(x0, noise_like(x0), t), t, cond, audio), x0, (1 / t ** 2).clamp(max=weight_clip), edges, model)
 
 
-def rate(step, steps):
-    """Warm-up over a twentieth, then a cosine to a tenth."""
-    return min(1, step / (.05 * steps)) * (.55 + .45 * torch.tensor(step / steps * torch.pi).cos().item())
-
-
-def muon_and_adam(net, cfg):
-    """Muon (Jordan 2024: momentum, made orthogonal) for the matrices of the blocks, where it learns in half the time; AdamW for the rest."""
-    matrices = [p for block in net.blocks for name, p in block.named_parameters() if p.ndim == 2 and name != "modulation"]
-    others = [p for p in net.parameters() if not any(p is m for m in matrices)]
-    return (torch.optim.Muon(matrices, cfg.muon_lr, weight_decay=.01), torch.optim.AdamW(others, cfg.teacher_lr, betas=(.9, .98), weight_decay=.01, fused=True))
-
-
 def train_teacher(cfg, samples, reward, judge, watch, device):
+    """Flow matching, from the ears of the reward network, or from all of --start: then at half of the rates, and edges count from the first step."""
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
-    model = DiT(nn_model.Config(**model_fields(cfg))).to(device)
-    model.hear.load_state_dict(reward.sound.state_dict())        # as the paper starts from an encoder of speech, wav2vec 2.0
+    if cfg.start:
+        model = load_matching(cfg.start, cfg, device).train().requires_grad_(True)
+    else:
+        model = DiT(nn_model.Config(**model_fields(cfg))).to(device)
+        model.hear.load_state_dict(reward.sound.state_dict())    # as the paper starts from an encoder of speech, wav2vec 2.0
     average = copy.deepcopy(model).requires_grad_(False)
     muon, adam = muon_and_adam(model, cfg)
     progress = Progress(cfg, "teacher", DEPENDS["teacher"], rng, model=model, average=average, muon=muon, adam=adam)
@@ -191,9 +178,9 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
             drop = mine(torch.rand(n, generator=rng) < cfg.audio_drop).to(device)
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
-                loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, cfg.edges * max(0, 2 * step / cfg.teacher_steps - 1))
+                loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, cfg.edges * (1 if cfg.start else max(0, 2 * step / cfg.teacher_steps - 1)))
             (loss / cfg.accumulate).backward()
-        pace = rate(step, cfg.teacher_steps)
+        pace = rate(step, cfg.teacher_steps) * (.5 if cfg.start else 1)
         norm = optimizer_step(model, {muon: pace * cfg.muon_lr, adam: pace * cfg.teacher_lr})
         ema(average, model, cfg.teacher_ema, step)
         if step % max(1, cfg.teacher_steps // 4) == 0 and not ranks()[0]:
@@ -266,12 +253,6 @@ def in_window(t, cfg):
     """(B,) times -> bool: is the teacher guided here? Paper Eq. 6: for j in [20, 40] of the grid, t in [.556, .882]."""
     inside = (t >= tau(cfg.band_last)) & (t <= tau(cfg.band_first))
     return {"on": inside, "off": torch.zeros_like(inside), "reversed": ~inside, "all": torch.ones_like(inside)}[cfg.sync_window]
-
-
-@torch.no_grad()
-def refresh(fast, student):
-    """fast <- student, cast."""
-    torch._foreach_copy_(list(fast.parameters()), list(student.parameters()))
 
 
 @torch.no_grad()
@@ -431,6 +412,8 @@ def set_up(cfg):
     runtime.join_others(cfg.device)
     with torch.device("meta"):
         DiT(nn_model.Config(**model_fields(cfg)))                # Fail now, not after the experts
+    if cfg.start:
+        load_matching(cfg.start, cfg, "cpu")
     for batch in (cfg.teacher_batch, cfg.init_batch, cfg.dmd_batch):
         part_of(batch, cfg)
     return runtime.find_device(cfg.device)

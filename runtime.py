@@ -66,6 +66,19 @@ def part_of(batch, cfg):
     return batch // cfg.accumulate
 
 
+# ------------------------------------------------------------------------------------------------------------ optimizers
+def muon_and_adam(net, cfg):
+    """Muon (Jordan 2024: momentum, made orthogonal) for the matrices of the blocks, where it learns in half the time; AdamW for the rest."""
+    matrices = [p for block in net.blocks for name, p in block.named_parameters() if p.ndim == 2 and name != "modulation"]
+    others = [p for p in net.parameters() if not any(p is m for m in matrices)]
+    return (torch.optim.Muon(matrices, cfg.muon_lr, weight_decay=.01), torch.optim.AdamW(others, cfg.teacher_lr, betas=(.9, .98), weight_decay=.01, fused=True))
+
+
+def rate(step, steps):
+    """Warm-up over a twentieth, then a cosine to a tenth."""
+    return min(1, step / (.05 * steps)) * (.55 + .45 * torch.tensor(step / steps * torch.pi).cos().item())
+
+
 def optimizer_step(net, rates):
     """Average the gradient over the processes, clip it at 1, step each optimizer at its rate ({optimizer: rate}), clear. -> gradient norm.
     Fail, before any weight is touched: not finite."""
@@ -83,6 +96,18 @@ def optimizer_step(net, rates):
         optimizer.step()
     net.zero_grad()
     return norm.item()
+
+
+@torch.no_grad()
+def ema(average, net, decay, step):
+    """average <- decay average + (1 - decay) net; shorter at the beginning, when the weights are still far off."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - min(decay, (1 + step) / (10 + step)))
+
+
+@torch.no_grad()
+def refresh(fast, student):
+    """fast <- student, cast."""
+    torch._foreach_copy_(list(fast.parameters()), list(student.parameters()))
 
 
 # -------------------------------------------------------------------------------------------------- devices, checkpoints

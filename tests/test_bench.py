@@ -138,7 +138,7 @@ def test_cost_counts_what_is_there(capsys):
         net(torch.randn(1, 12, 8, 768), .5, net.embed_cond(*torch.randn(2, 1, 12, 8, 1536)), torch.randn(1, 12, 4, 96))
     forward = sum(bench.flops(net.cfg, 12)[i] for i in (0, 3))
     assert forward == pytest.approx(counted.get_total_flops(), rel=.1)       # less the sound and the time
-    muon, _ = distill.muon_and_adam(net, distill.Config())
+    muon, _ = runtime.muon_and_adam(net, distill.Config())
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     with FlopCounterMode(display=False) as counted:

@@ -175,6 +175,15 @@ def test_the_whole_job_then_again_then_with_other_settings(cfg, capsys, tmp_path
         distill.main(["--config", "tiny", "--out", str(tmp_path / "other"), "--teacher", str(tmp_path / "teacher.pt"), "--width", "48", "--clips", "2"])
 
 
+def test_a_teacher_goes_on_from_another(cfg, samples, tiny, expert, tmp_path):
+    """--start: all of its weights, not only a shape; and few steps at half of the rates do not lead far away."""
+    nn_model.save_dit(str(tmp_path / "first.pt"), tiny, cfg, "teacher", 1)
+    c = dataclasses.replace(cfg, out=str(tmp_path), start=str(tmp_path / "first.pt"), teacher_steps=2)
+    distill.train_teacher(c, samples, expert, expert, data.held_out(1, cfg.size, "watch", CPU, latents=6), CPU)
+    first, end = (torch.cat([p.detach().flatten() for p in nn_model.load_dit(tmp_path / name).parameters()]) for name in ("first.pt", "teacher.pt"))
+    assert 0 < (end - first).norm() < .1 * first.norm()
+
+
 def test_base_takes_its_steps(expert, tmp_path):
     """The config for a GPU, at a small batch: 128 pixels, 32 tokens a latent frame."""
     cfg = distill.Config(**dict(distill.PRESETS["base"], config="base", out=str(tmp_path), clips=2, clip_latents=18, teacher_steps=2, teacher_batch=2))
@@ -252,6 +261,8 @@ def test_a_bundled_teacher_does_not_swallow_options(tmp_path):
     assert distill.locate("teacher", small).parent.name == "small"
     with pytest.raises(data.Fail, match="--teacher_steps"):
         distill.locate("teacher", dataclasses.replace(small, teacher_steps=5))
+    with pytest.raises(data.Fail, match="--start"):
+        distill.locate("teacher", dataclasses.replace(small, start="other.pt"))
     assert distill.locate("teacher", dataclasses.replace(small, teacher_steps=5, stage="teacher")) is None
     own = dataclasses.replace(small, folder="clips")             # recorded people: only the judge stays
     assert [distill.locate(name, own) is None for name in ("teacher", "syncnet", "judge")] == [True, True, False]

@@ -74,6 +74,7 @@ CASES = {
     "clips too short": ("distill --config tiny --clip_latents 12", "--clip_latents"),
     "a network that does not fit": ("distill --config tiny --size 40", "multiple of twice patch"),
     "an unknown window": ("distill --config tiny --sync_window wide", "on, off, reversed or all"),
+    "nothing to start from": ("distill --config tiny --start missing", "no such file"),
     "no teacher": ("distill --config tiny --teacher missing", "no such file"),
     "an unknown bench": ("bench love", "no such bench"),
     "a bench of nothing": ("bench speed --config huge", "one of tiny, small, base"),
