@@ -45,6 +45,7 @@ from runtime import mixed
 class Speed:
     config: str = "tiny"
     size: int = 0           # side of the square in pixels; 0: the config's
+    patch: int = 0          # and of a token
     device: str = ""
     threads: int = 0        # CPU threads; 0: as many as torch takes
     rounds: int = 5         # times that each row is measured, taking turns
@@ -54,7 +55,7 @@ class Speed:
     memory: bool = True     # and the peak memory of dubbing 30 and 180 seconds
     chunks: int = 300       # in the figure, at least 104
     seed: int = 0
-    zero = ("seed", "threads", "size")
+    zero = ("seed", "threads", "size", "patch")
     out: str = "out/bench"
 
 
@@ -202,7 +203,7 @@ def speed(cfg):
         raise Fail(f"--chunks {cfg.chunks}: at least 104, to compare the first with the last")
     device = start(cfg)
     recipe = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config, compile="off"))
-    recipe.size = cfg.size or recipe.size
+    recipe.size, recipe.patch = cfg.size or recipe.size, cfg.patch or recipe.patch
     model = DiT(Config(**nn_model.model_fields(recipe))).to(device, runtime.fast_dtype(device)).eval()
     window = 4 * recipe.latents                                                     # frames that the teacher makes at once
     T = max(1, round(cfg.seconds * data.FPS / window)) * window
@@ -235,7 +236,7 @@ def speed(cfg):
     ratio, bound = middle["student"] / middle["teacher_guided"], 2 * sample.STEPS / (len(sample.TIMES) + 1)
     work = chunk_flops(model.cfg) / (4 * k / middle["student"]) / 1e9
     teacher_work = 2 * sample.STEPS * flops(model.cfg, recipe.latents)[0] / (window / middle["teacher_guided"]) / 1e9
-    result = dict(about("speed", cfg, device), student=dict(
+    result = dict(about("speed", cfg, device), tokens=nn_model.tokens(model.cfg), student=dict(
         fps=middle["student"], fps_range=[min(fps["student"]), max(fps["student"])], ttff_s=ttff["student"], ms_per_chunk=4000 * k / middle["student"],
         passes_per_chunk=len(sample.TIMES) + 1, calls_per_chunk=len(sample.TIMES), ms=parts),
         teacher_guided=dict(fps=middle["teacher_guided"], ttff_s=ttff["teacher_guided"]), teacher=dict(fps=middle["teacher"], ttff_s=ttff["teacher"]),
@@ -254,8 +255,8 @@ def speed(cfg):
 def report(cfg, result, fps, ttff, times):
     """The Markdown tables, the figure, the JSON line."""
     dtype = str(runtime.fast_dtype(torch.device(result["device"])))[6:]
-    print(f"{cfg.config} on {result['device']}, {result['threads']} threads, {dtype}, torch {torch.__version__}, matrix products "
-          f"at most {result['peak_gflops']:.0f} GFLOP/s\n\n| | FPS, median (least to most) of {cfg.rounds} | TTFF (ms) |\n|---|---|---|")
+    print(f"{cfg.config}, {result['tokens']} tokens to a latent frame, on {result['device']}, {result['threads']} threads, {dtype}, torch {torch.__version__}, "
+          f"matrix products at most {result['peak_gflops']:.0f} GFLOP/s\n\n| | FPS, median (least to most) of {cfg.rounds} | TTFF (ms) |\n|---|---|---|")
     for name, values in fps.items():
         print(f"| {name.replace('_', ', ')} | {statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f}) | {1000 * ttff[name]:.1f} |")
     print(f"\nstudent over guided teacher: {result['ratio']:.1f}x; the count of passes bounds it at {result['bound']:.1f}\n\n"

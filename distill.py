@@ -48,13 +48,13 @@ class Config(nn_model.Config):
     judge_clips: int = 2000         # people at most that only the judge learns from
     # teacher
     teacher_steps: int = 3000
-    start: str = ""                 # a teacher's checkpoint to go on from: --teacher_steps more of them, at half of the rates
+    start: str = ""                 # a teacher's checkpoint to go on from: its weights, where the shapes are the same
     teacher_batch: int = 16
     teacher_lr: float = 1.5e-3      # AdamW's
     muon_lr: float = .02            # Muon's, for the matrices of the blocks
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
-    edges: float = 2.               # weight of errors in the differences between neighbouring pixels: rises to this in the second half; init: throughout
+    edges: float = 2.               # weight of errors in differences of neighbouring pixels: rises in the second half (--start: the first); init: throughout
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
     teacher_ema: float = .998
@@ -158,14 +158,16 @@ def flow_loss(model, x0, cond, audio, t, weight_clip, edges=0.):
 
 
 def train_teacher(cfg, samples, reward, judge, watch, device):
-    """Flow matching, from the ears of the reward network, or from all of --start: then at half of the rates, and edges count from the first step."""
+    """Flow matching, from the ears of the reward network, or from what fits of --start."""
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
+    model = DiT(nn_model.Config(**model_fields(cfg))).to(device)
+    model.hear.load_state_dict(reward.sound.state_dict())        # as the paper starts from an encoder of speech, wav2vec 2.0
     if cfg.start:
-        model = load_matching(cfg.start, cfg, device).train().requires_grad_(True)
-    else:
-        model = DiT(nn_model.Config(**model_fields(cfg))).to(device)
-        model.hear.load_state_dict(reward.sound.state_dict())    # as the paper starts from an encoder of speech, wav2vec 2.0
+        own, theirs = model.state_dict(), nn_model.load_dit(cfg.start, device).state_dict()
+        fits = {name: w for name, w in theirs.items() if name in own and w.shape == own[name].shape}
+        model.load_state_dict({**own, **fits})
+        print(f"teacher: {len(fits)} of {len(own)} weights are those of {cfg.start}", flush=True)
     average = copy.deepcopy(model).requires_grad_(False)
     muon, adam = muon_and_adam(model, cfg)
     progress = Progress(cfg, "teacher", DEPENDS["teacher"], rng, model=model, average=average, muon=muon, adam=adam)
@@ -178,9 +180,9 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
             drop = mine(torch.rand(n, generator=rng) < cfg.audio_drop).to(device)
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
-                loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, cfg.edges * (1 if cfg.start else max(0, 2 * step / cfg.teacher_steps - 1)))
+                loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, cfg.edges * min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start))))
             (loss / cfg.accumulate).backward()
-        pace = rate(step, cfg.teacher_steps) * (.5 if cfg.start else 1)
+        pace = rate(step, cfg.teacher_steps)
         norm = optimizer_step(model, {muon: pace * cfg.muon_lr, adam: pace * cfg.teacher_lr})
         ema(average, model, cfg.teacher_ema, step)
         if step % max(1, cfg.teacher_steps // 4) == 0 and not ranks()[0]:
@@ -413,7 +415,7 @@ def set_up(cfg):
     with torch.device("meta"):
         DiT(nn_model.Config(**model_fields(cfg)))                # Fail now, not after the experts
     if cfg.start:
-        load_matching(cfg.start, cfg, "cpu")
+        nn_model.load_dit(cfg.start)
     for batch in (cfg.teacher_batch, cfg.init_batch, cfg.dmd_batch):
         part_of(batch, cfg)
     return runtime.find_device(cfg.device)

@@ -15,9 +15,10 @@ import runtime
 
 
 def test_speed_ends_in_json(capsys, tmp_path):
-    bench.main(["speed", "--config", "tiny", "--rounds", "1", "--seconds", "1.92", "--memory", "0", "--chunks", "120", "--out", str(tmp_path)])
+    bench.main(["speed", "--config", "tiny", "--rounds", "1", "--seconds", "1.92", "--memory", "0", "--chunks", "120", "--patch", "16", "--out", str(tmp_path)])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert result["student"]["fps"] > 0 and result["student"]["passes_per_chunk"] == 3 and {"pass 1", "cache pass"} <= set(result["student"]["ms"])
+    assert result["tokens"] == 2 and result["student"]["fps"] > 0
+    assert result["student"]["passes_per_chunk"] == 3 and {"pass 1", "cache pass"} <= set(result["student"]["ms"])
     assert result["bound"] == pytest.approx(100 / 3) and result["ratio"] == pytest.approx(result["student"]["fps"] / result["teacher_guided"]["fps"])
     assert 0 < result["train"]["mfu"] < result["train"]["mfu_counting_muon"] < 1 and result["train"]["student_update_s"] > result["train"]["teacher_step_s"] > 0
     bench.main(["attention", "--config", "tiny", "--rounds", "1", "--flex", "0", "--out", str(tmp_path)])
