@@ -352,7 +352,7 @@ def cost(cfg):
     heard = data.hearing(torch.zeros(1, 16 * recipe.latents, data.MELS), net.cfg)
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         cond, audio = net.embed_cond(x0.repeat(1, 1, 1, 2), x0.repeat(1, 1, 1, 2)), net.embed_audio(heard)
-        loss = distill.flow_loss(net, x0, cond, audio, torch.full((1, 1), .5), recipe.weight_clip, recipe.edges)
+        loss, _ = distill.flow_loss(net, x0, cond, audio, torch.full((1, 1), .5), recipe.weight_clip, recipe.edges)
     n, step = recipe.teacher_batch, recipe.teacher_batch * teacher_flops(net.cfg, recipe.latents)
     result = dict(about("cost", cfg, "cpu"), parameters=parameters, tokens=nn_model.tokens(net.cfg), chunk_gflop=chunk_flops(net.cfg) / 1e9,
                   sample_mb=sum(kept.values()) / 1e6, step_gb=n * sum(kept.values()) / 1e9, state_gb=20 * parameters / 1e9,

@@ -11,6 +11,7 @@ matching distillation with the sync window and the reward). Each saves to out/CO
 import copy
 import dataclasses
 import functools
+import math
 import time
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Config(nn_model.Config):
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
     edges: float = 2.               # weight of errors in differences of neighbouring pixels: rises in the second half (--start: the first); init: throughout
+    view: float = .05               # weight of how differently the reward network sees guess and truth; when as `edges` (paper: 0)
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
     teacher_ema: float = .998
@@ -153,8 +155,15 @@ class DenoisingLoss(torch.autograd.Function):
 
 
 def flow_loss(model, x0, cond, audio, t, weight_clip, edges=0.):
-    """Flow matching with an x0 network, loss in velocity space: |v' - v|^2 = |x0' - x0|^2 / t^2, clipped. t (B, 1)."""
-    return DenoisingLoss.apply(model(add_noise(x0, noise_like(x0), t), t, cond, audio), x0, (1 / t ** 2).clamp(max=weight_clip), edges, model)
+    """Flow matching with an x0 network, loss in velocity space: |v' - v|^2 = |x0' - x0|^2 / t^2, clipped. t (B, 1) -> the loss, and x0'."""
+    x0_hat = model(add_noise(x0, noise_like(x0), t), t, cond, audio)
+    return DenoisingLoss.apply(x0_hat, x0, (1 / t ** 2).clamp(max=weight_clip), edges, model), x0_hat
+
+
+def seen_differently(reward, x0_hat, batch):
+    """syncnet.view_loss of the guess against the truth, in the first half of the clips: it need not cost more than a tenth of a step."""
+    half, p = slice(-(-len(x0_hat) // 2)), math.isqrt(x0_hat.shape[-1] // 12)
+    return syncnet.view_loss(reward, *(data.picture(x[half], batch.source[half], p) for x in (x0_hat, batch.x0)))
 
 
 def train_teacher(cfg, samples, reward, judge, watch, device):
@@ -180,7 +189,10 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
             drop = mine(torch.rand(n, generator=rng) < cfg.audio_drop).to(device)
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
-                loss = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, cfg.edges * min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start))))
+                late = min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start)))
+                loss, x0_hat = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, late * cfg.edges)
+                if late * cfg.view:
+                    loss = loss + late * cfg.view * seen_differently(reward, x0_hat, batch)
             (loss / cfg.accumulate).backward()
         pace = rate(step, cfg.teacher_steps)
         norm = optimizer_step(model, {muon: pace * cfg.muon_lr, adam: pace * cfg.teacher_lr})
@@ -197,7 +209,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
 
 
 # ------------------------------------------------------------------------------------------------ init: diffusion forcing
-def train_init(cfg, teacher, samples, judge, watch, device):
+def train_init(cfg, teacher, samples, reward, judge, watch, device):
     """The teacher's weights under causal attention; every chunk has its own noise level, one of the two of inference, or is clean."""
     torch.manual_seed(cfg.seed + 1)
     rng = torch.Generator().manual_seed(cfg.seed + 1)
@@ -216,6 +228,8 @@ def train_init(cfg, teacher, samples, judge, watch, device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard)
                 x0_hat = model(add_noise(batch.x0, noise_like(batch.x0), t), t, cond, audio, causal=True)
                 loss = DenoisingLoss.apply(x0_hat, batch.x0, (t > 0).float(), cfg.edges, model)
+                if cfg.view:
+                    loss = loss + cfg.view * seen_differently(reward, torch.where(t[..., None, None] > 0, x0_hat, batch.x0), batch)
             (loss / cfg.accumulate).backward()
         norm = optimizer_step(model, {optimizer: cfg.init_lr * rate(step, cfg.init_steps)})
         ema(average, model, cfg.student_ema, step)
@@ -341,7 +355,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
             t = draw_t()
             with mixed(device):
                 cond, audio = critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)
-                critic_loss = flow_loss(critic, X.detach(), cond, audio, t, cfg.weight_clip)
+                critic_loss, _ = flow_loss(critic, X.detach(), cond, audio, t, cfg.weight_clip)
             (critic_loss / cfg.accumulate).backward()
         if student_turn:
             values.update(loss=loss.item(), norm=optimizer_step(student, {optimizer: cfg.student_lr}), weight=(cfg.beta * c).exp().mean().item())
@@ -468,7 +482,7 @@ def main(argv):
     watch = data.held_out(cfg.eval_clips, cfg.size, "watch", device, 8 * cfg.chunk)
     teacher = network("teacher", lambda: train_teacher(cfg, samples(), reward, judge, watch, device))
     if cfg.stage != "teacher":
-        init = network("init", lambda: train_init(cfg, teacher, samples(), judge, watch, device))
+        init = network("init", lambda: train_init(cfg, teacher, samples(), reward, judge, watch, device))
     if cfg.stage == "all":
         student = network("student", lambda: train_dmd(cfg, teacher, init, samples(), reward, judge, watch, device))
         if not ranks()[0]:

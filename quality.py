@@ -126,6 +126,13 @@ def clips_of(kind, n, size, frames=96):
         yield [data.draw(seed, frames, size, **extra) for extra in ({}, how, dict(how, detail=seed + 1_000_000))]
 
 
+def best_blur(i, size, frames=96, draws=16):
+    """The dub of clip i averaged over what the sound does not decide -> (T, S, S, 3) uint8: what a perfect guess in one step would be."""
+    seed = data.SPLITS["held-out"] + 2 * i
+    total = sum(data.draw(seed, frames, size, text=seed + 1, detail=seed + 1_000_000 + k).video.float() for k in range(draws))
+    return data.to_uint8(total / draws / 127.5 - 1)
+
+
 def robustness(net, size, n, device):
     """Share of held-out clips of 2 s whose sound, moved by a known -10..10 frames, is found there to within a frame: as it is, with white
     noise of 10 dB below it, 20% louder and softer, spoken 20% faster and slower."""
@@ -196,6 +203,8 @@ def quality_of(kind, cfg, networks, judge, device):
 
     add("truth", truth)
     add("truth, other detail", torch.stack([c[2].video for c in clips]).to(device))
+    if many:
+        add("truth, mean of 16 details", torch.stack([best_blur(i, size) for i in range(cfg.clips)]).to(device))
     front = {scale: teach(steps, scale) for scale in ((1., 1.5, 2., 3., 4.5, 6.) if many else (1., 1.5, 2.))}
     best = max(front, key=lambda scale: rows[name_of(steps, scale)]["sync_c"])
     for few in (1, 2, 5, 10) if many else ():
@@ -399,9 +408,9 @@ def ablate(cfg):
                 c = dataclasses.replace(base, seed=seed, out=str(home / f"{seed}-{i}"), **fields)
                 shutil.rmtree(c.out, ignore_errors=True)
                 Path(c.out).mkdir(parents=True)
-                grid = seed, c.times, c.cache, c.init_clean
+                grid = seed, c.times, c.cache, c.init_clean, c.view
                 if grid not in inits:
-                    distill.train_init(c, teacher, samples, experts["judge"], watch, device)
+                    distill.train_init(c, teacher, samples, experts["syncnet"], experts["judge"], watch, device)
                     inits[grid] = nn_model.load_dit(f"{c.out}/init.pt", device).requires_grad_(False)
                     judge_row(f"init alone, steps {len(c.times)}, landing {c.landing}, cache {c.cache}, clean {c.init_clean:g}", seed, inits[grid], c.times)
                 distill.train_dmd(c, teacher, copy.deepcopy(inits[grid]), samples, experts["syncnet"], experts["judge"], watch, device)

@@ -52,16 +52,35 @@ class SyncNet(nn.Module):
         B, T, S, _, _ = video.shape
         x = video[:, :, S // 2:, S // 8: S - S // 8].reshape(B * T, S - S // 2, -1, 3).permute(0, 3, 1, 2)
         if x.shape[2:] != (self.height, self.width):
-            x = F.interpolate(x, size=(self.height, self.width), mode="bilinear", antialias=True, align_corners=False)
+            x = F.interpolate(x.float(), size=(self.height, self.width), mode="bilinear", antialias=True, align_corners=False)
         return self.frame(x.contiguous(memory_format=torch.channels_last)).view(B, T, -1)
 
-    def forward(self, video, mel):
-        """video (B, T, S, S, 3) in [-1, 1], mel (B, 4 T, MELS) -> two (B, T - 4, embed), of unit length, and the mouth (B, T, 2): its
-        opening and width as fractions of the picture's side."""
+    def watch(self, video):
+        """video (B, T, S, S, 3) in [-1, 1] -> what it sees in each frame (B, T, 4 channels), its embedding of every five (B, T - 4, embed), of unit
+        length, and the mouth (B, T, 2): its opening and width as fractions of the picture's side."""
         seen = self.see(video)
-        v, a = self.span(seen.transpose(1, 2)), self.sound_out(self.sound(mel.transpose(1, 2)))
-        unit = lambda x: F.normalize(x.float().transpose(1, 2), dim=-1)       # noqa: E731
-        return unit(v), unit(a), .1 * self.mouth(seen).float()
+        return seen, unit(self.span(seen.transpose(1, 2))), .1 * self.mouth(seen).float()
+
+    def forward(self, video, mel):
+        """video (B, T, S, S, 3) in [-1, 1], mel (B, 4 T, MELS) -> two (B, T - 4, embed), of unit length, and the mouth (B, T, 2), as above."""
+        _, v, mouth = self.watch(video)
+        return v, unit(self.sound_out(self.sound(mel.transpose(1, 2)))), mouth
+
+
+def unit(x):
+    """(B, E, n) -> (B, n, E) of unit length, float32."""
+    return F.normalize(x.float().transpose(1, 2), dim=-1)
+
+
+def view_loss(net, video, truth):
+    """How differently the expert sees a guess and the truth, both (B, T, S, S, 3) in [-1, 1] -> a number, with a gradient for the guess: frame by frame
+    (a perceptual loss, as LPIPS, Zhang et al. 2018, but by eyes that know mouths), and, a fifth each, in the embedding of five frames and
+    in the mouth read off, 3% of the side counting as 1."""
+    with torch.no_grad():
+        theirs = net.watch(truth)
+    (seen, v, mouth), square = net.watch(video), lambda x: x.square().mean()
+    level = lambda x: F.layer_norm(x.float(), x.shape[-1:])                      # noqa: E731
+    return square(level(seen) - level(theirs[0])) + .2 * (v - theirs[1]).square().sum(-1).mean() + .2 * square((mouth - theirs[2]) / .03)
 
 
 def nce(v, a, scale):

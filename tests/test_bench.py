@@ -57,6 +57,13 @@ def test_seams_and_blur_are_seen():
     assert quality.edges(blurred, 16)[1] < .7 * quality.edges(video, 16)[1]
 
 
+def test_a_perfect_blur_is_closer_than_a_perfect_dub():
+    _, truth, other = (clip.video[None] for clip in next(quality.clips_of("dub", 1, 32)))
+    blur = quality.best_blur(0, 32, draws=6)[None]
+    assert data.mouth_psnr(blur, truth).item() > data.mouth_psnr(other, truth).item() + .5
+    assert quality.edges(blur[0], 8)[1] < .9 * quality.edges(other[0], 8)[1]
+
+
 def test_ssim_by_hand():
     """Constant pictures: only the luminance term is left."""
     a, b = torch.full((2, 32, 32, 3), 51, dtype=torch.uint8), torch.full((2, 32, 32, 3), 102, dtype=torch.uint8)

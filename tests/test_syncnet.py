@@ -22,6 +22,18 @@ def test_right_audio_beats_wrong(expert):
     assert right > 2 * wrong
 
 
+def test_the_view_of_a_late_mouth_is_another(expert):
+    """Nothing for the same video, less for one that is half corrected, and a gradient where the mouth is, for the guess alone."""
+    video = data.to_float(data.draw(data.SPLITS["held-out"] + 700, 48, 32).video[None])
+    early, late = video[:, :24], video[:, 3:27]
+    same, half, other = (syncnet.view_loss(expert, guess, early) for guess in (early, (early + late) / 2, late))
+    assert same == 0 < half < .7 * other
+    guess, truth = late.clone().requires_grad_(), early.clone().requires_grad_()
+    syncnet.view_loss(expert, guess, truth).backward()
+    pull = guess.grad.abs().mean((0, 1, 4))
+    assert truth.grad is None and pull[:16].max() == 0 < pull[16:, 8:24].mean()
+
+
 def test_measures_by_hand():
     """Embeddings that agree at offset 2 only: distance 0 there, sqrt 2 elsewhere."""
     v = torch.eye(40)[None]
