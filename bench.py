@@ -140,22 +140,24 @@ def kernels(model, device):
     return sorted({e.key for e in profile.key_averages() if "attention" in e.key and e.key != "aten::scaled_dot_product_attention"})
 
 
-def steps_of(train, folder, stage):
-    """Run a real training and read from its log how long a step without evaluation takes: median seconds."""
+def steps_of(train, folder, stage, after=0):
+    """Run a real training and read from its log how long a step without evaluation takes: median seconds, of those after step `after`."""
     (Path(folder) / "log.jsonl").unlink(missing_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         train()
     rows = [r for line in open(Path(folder) / "log.jsonl") if (r := json.loads(line))["stage"] == stage]
-    return statistics.median(b["seconds"] - a["seconds"] for a, b in zip(rows[1:], rows[2:]) if "psnr" not in {**a, **b} and b["step"] == a["step"] + 1)
+    return statistics.median(b["seconds"] - a["seconds"] for a, b in zip(rows[1:], rows[2:])
+                             if "psnr" not in {**a, **b} and b["step"] == a["step"] + 1 and a["step"] >= after)
 
 
 def training(recipe, device, peak):
-    """Seconds of a teacher step and of a student update (with its critic updates), by the trainings themselves."""
+    """Seconds of a teacher step, without and with the expert's view, and of a student update (with its critic updates), by the trainings themselves."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(recipe, out=folder, clips=8, teacher_steps=16, dmd_steps=18)
         samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, device, runtime.fast_dtype(device))
-        watch, judge = data.held_out(1, cfg.size, "watch", device), syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(device).eval()
-        teacher_s = steps_of(lambda: distill.train_teacher(cfg, samples, judge, judge, watch, device), folder, "teacher")
+        watch, judge = data.held_out(1, cfg.size, "watch", device), syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(device).eval().requires_grad_(False)
+        teacher_s, view_s = (steps_of(lambda: distill.train_teacher(dataclasses.replace(cfg, view=view), samples, judge, judge, watch, device),
+                                      folder, "teacher", after=cfg.teacher_steps // 2) for view in (0., cfg.view))
         net = nn_model.load_dit(f"{folder}/teacher.pt", device).requires_grad_(False)
         update_s = steps_of(lambda: distill.train_dmd(cfg, net, copy.deepcopy(net), samples, judge, judge, watch, device), folder, "dmd")
     one, entry, head, conditions = flops(net.cfg, cfg.latents)
@@ -165,8 +167,8 @@ def training(recipe, device, peak):
     rollout, guided = .5 * (1 + len(cfg.times)) * one + one - head + conditions, (cfg.band_last - cfg.band_first) / 50
     update = cfg.critic_updates * (rollout + step) + (2 * one - entry + conditions) + (1 + guided) * one + one + 2 * conditions
     rate, muon = step * cfg.teacher_batch / teacher_s / 1e9, muon_flops(runtime.muon_and_adam(net, cfg)[0].param_groups[0]["params"])
-    return dict(teacher_step_s=teacher_s, student_update_s=update_s, mfu=rate / peak, mfu_counting_muon=(rate + muon / teacher_s / 1e9) / peak,
-                student_update_mfu=update * cfg.dmd_batch / update_s / peak / 1e9)
+    return dict(teacher_step_s=teacher_s, teacher_view_step_s=view_s, student_update_s=update_s, mfu=rate / peak,
+                mfu_counting_muon=(rate + muon / teacher_s / 1e9) / peak, student_update_mfu=update * cfg.dmd_batch / update_s / peak / 1e9)
 
 
 # The highest resident memory of a process, in kB. (ru_maxrss would do, were it not inherited from whoever started the process.)

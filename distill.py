@@ -56,7 +56,7 @@ class Config(nn_model.Config):
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
     edges: float = 2.               # weight of errors in differences of neighbouring pixels: rises in the second half (--start: the first); init: throughout
-    view: float = .05               # weight of how differently the reward network sees guess and truth; when as `edges` (paper: 0)
+    view: float = .05               # weight of how differently the reward network sees guess and truth; rises as `edges` does (paper: 0)
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
     teacher_ema: float = .998
@@ -82,7 +82,6 @@ class Config(nn_model.Config):
     band_last: int = 40             # (paper: 40)
     beta: float = 1.                # reward: weight exp(beta Sync-C) (paper: 2); 0 turns it off
     raw_weights: bool = False       # paper: True; False divides them by their mean over the batch
-    sync_loss: float = .05          # weight of the reward's own gradient: the student also climbs Sync-C directly (paper: 0)
     save_seconds: int = 30          # between resumable checkpoints
     accumulate: int = 1             # a batch is run in this many parts, for less memory
     compile: str = "auto"           # torch.compile of teacher and critic in training: on, off, or auto: on for a GPU (on 2 CPU cores it does not pay)
@@ -101,7 +100,7 @@ def down_to(last):
 # The fields that a result depends on.
 EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch", "judge_clips"
 DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": ["teacher", *down_to("init_lr")],
-           "student": ["teacher", *down_to("sync_loss")]}
+           "student": ["teacher", *down_to("raw_weights")]}
 # Fields that are a stage's own: with other values than the preset's, its bundled result is not used.
 OWN = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_batch", "judge_clips"],
        "teacher": "teacher_steps start teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
@@ -305,13 +304,6 @@ def reward_weights(net, video, mel, cfg):
     return (w if cfg.raw_weights else w / mean_over_ranks(w.mean())), c
 
 
-def sync_loss(net, video, mel):
-    """Minus the mean Sync-C of the reward network, at offset 0: what its gradient makes more of. video (B, T, S, S, 3) in [-1, 1], mel (B, 4 T, MELS)."""
-    with mixed(video.device):
-        curve = syncnet.distances(*net(video, mel)[:2])
-    return (curve[:, curve.shape[1] // 2] - curve.median(1).values).mean()
-
-
 def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
     torch.manual_seed(cfg.seed + 2)
     rng = torch.Generator().manual_seed(cfg.seed + 2)
@@ -346,11 +338,8 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                     x_t = add_noise(X, noise_like(X), t)
                     real = real_score(teacher, x_t, t, teacher.embed_cond(batch.source, batch.reference), teacher.embed_audio(batch.heard), cfg)
                     fake = critic(x_t, t, critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)).float()
-                video = data.picture(X, batch.source, cfg.patch)
-                weight, c = reward_weights(reward, video.detach(), batch.mel, cfg)
+                weight, c = reward_weights(reward, data.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
                 loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
-                if cfg.sync_loss:
-                    loss = loss + cfg.sync_loss * sync_loss(reward, video, batch.mel)
                 (loss / cfg.accumulate).backward()
             t = draw_t()
             with mixed(device):
