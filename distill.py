@@ -160,7 +160,7 @@ def flow_loss(model, x0, cond, audio, t, weight_clip, edges=0.):
 
 
 def seen_differently(reward, x0_hat, batch):
-    """syncnet.view_loss of the guess against the truth, in the first half of the clips: it need not cost more than a tenth of a step."""
+    """syncnet.view_loss of the guess against the truth, in the first half of the clips: that costs a seventh of a step."""
     half, p = slice(-(-len(x0_hat) // 2)), math.isqrt(x0_hat.shape[-1] // 12)
     return syncnet.view_loss(reward, *(data.picture(x[half], batch.source[half], p) for x in (x0_hat, batch.x0)))
 
