@@ -59,17 +59,12 @@ class Speed:
     out: str = "out/bench"
 
 
-def sync(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds_of(work, device):
     """-> seconds that work() takes, what it returned."""
-    sync(device)
+    runtime.synchronize(device)
     begun = time.perf_counter()
     result = work()
-    sync(device)
+    runtime.synchronize(device)
     return time.perf_counter() - begun, result
 
 
@@ -127,7 +122,7 @@ def passes(model, clip, device, rounds):
             x = part("noise", lambda cond=cond: torch.randn(cond.known.shape).to(device))
             for i, t in enumerate(sample.TIMES):
                 x0 = part(f"pass {i + 1}", lambda x=x, t=t, cond=cond, audio=audio: model(x, t, cond, audio, cache=cache).float())
-            part("cache pass", lambda x0=x0, cond=cond, audio=audio: model(x0, 0., cond, audio, cache=cache, write=True))
+            part("cache pass", lambda x0=x0, cond=cond, audio=audio: model(x0, 0., cond, audio, cache=cache, store="finished"))
             part("pixels out", lambda x0=x0, video=video: to_uint8(data.picture(x0, video, cfg.patch)).cpu())
     return {name: statistics.median(times[3:]) for name, times in spent.items()}
 
@@ -176,7 +171,7 @@ MEASURE = """import sys; sys.argv = sys.argv[1:]; import data, sample; data.run(
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))"""
 
 
-def peak_memory(model, seconds):
+def peak_memory(model, seconds, device):
     """Peak resident MB of `sample.py` dubbing a drawn video of that many seconds, in a process of its own (Linux only)."""
     with tempfile.TemporaryDirectory() as folder:
         weights, video = f"{folder}/student.pt", f"{folder}/in.mp4"
@@ -185,7 +180,8 @@ def peak_memory(model, seconds):
         with data.write_video(video, (model.cfg.size, model.cfg.size), np.tile(clip.audio, -(-seconds // 10))) as put:
             for i in range(seconds * data.FPS):
                 put(clip.video[i % 250].numpy())
-        done = subprocess.run([sys.executable, "-c", MEASURE, "sample.py", "--video", video, "--out", f"{folder}/out.mp4", "--weights", weights],
+        done = subprocess.run([sys.executable, "-c", MEASURE, "sample.py", "--video", video, "--out", f"{folder}/out.mp4", "--weights", weights,
+                               "--device", str(device)],
                               capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     return int(done.stdout.split()[-1]) / 1024
 
@@ -204,7 +200,7 @@ def speed(cfg):
     if cfg.chunks < 104:
         raise Fail(f"--chunks {cfg.chunks}: at least 104, to compare the first with the last")
     device = start(cfg)
-    recipe = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config, compile="off"))
+    recipe = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config))
     recipe.size, recipe.patch = cfg.size or recipe.size, cfg.patch or recipe.patch
     model = DiT(Config(**nn_model.model_fields(recipe))).to(device, runtime.fast_dtype(device)).eval()
     window = 4 * recipe.latents                                                     # frames that the teacher makes at once
@@ -220,7 +216,8 @@ def speed(cfg):
     if cfg.compile:
         compiled = copy.copy(model)
         compiled.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
-        rows["student_compiled"] = lambda: sample.stream(compiled, clip.video, clip.audio)
+        # Eight times as long: the first four chunks of a stream, until the window is full, are not compiled.
+        rows["student_compiled"] = lambda: sample.stream(compiled, clip.video.repeat(8, 1, 1, 1), np.tile(clip.audio, 8))
         list(rows["student_compiled"]())
     lasting = copy.copy(model)
     lasting.cache_from = "last"
@@ -248,7 +245,7 @@ def speed(cfg):
     if cfg.training:
         result["train"] = training(recipe, device, peak)
     if cfg.memory and sys.platform == "linux":
-        result["peak_rss_mb"] = {f"{s} s": peak_memory(model, s) for s in (30, 180)}
+        result["peak_rss_mb"] = {f"{s} s": peak_memory(model, s, device) for s in (30, 180)}
         model.to(runtime.fast_dtype(device))
     times = flat(model, cfg.chunks, device)
     report(cfg, result, fps, ttff, times)

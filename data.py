@@ -7,6 +7,7 @@ Video is float in [-1, 1] inside and uint8 RGB outside, at 25 frames a second; a
 """
 import argparse
 import dataclasses
+import functools
 import inspect
 import itertools
 import os
@@ -29,6 +30,7 @@ from faces import FPS, RATE, SPLITS, Clip, draw, dub_pair, mouth_mask  # noqa: F
 
 HOP = 160               # samples between mel frames: 100 a second, 4 to a video frame
 MELS = 40               # mel bands, 60 Hz to 7.6 kHz
+WINDOW = torch.hann_window(400)         # of 25 ms
 SILENCE = (-5 + 1.5) / 3        # log-mel of nothing, for the frames before and after a file
 
 
@@ -44,6 +46,7 @@ def mouth_psnr(video, truth):
     return 10 * (255 ** 2 / error.clamp(min=1e-3)).log10()
 
 
+@functools.cache
 def mel_filters():
     """(201, MELS) triangles on the HTK mel scale, 60 Hz to 7.6 kHz."""
     mel = lambda f: 2595 * np.log10(1 + f / 700)                                                      # noqa: E731
@@ -58,7 +61,7 @@ def log_mel(audio):
 
     Mel frame m sees the samples 160 m - 120 .. 160 m + 280 (25 ms, zeros past the ends): 4 frames to a video frame."""
     audio = F.pad(torch.as_tensor(audio, dtype=torch.float32), (120, 120))
-    power = torch.stft(audio, 400, HOP, window=torch.hann_window(400), center=False, return_complex=True).abs() ** 2
+    power = torch.view_as_real(torch.stft(audio, 400, HOP, window=WINDOW, center=False, return_complex=True)).square().sum(-1)
     return ((power.T @ mel_filters()).clamp(min=1e-5).log10() + 1.5) / 3
 
 
@@ -171,11 +174,13 @@ class Samples:
     """Training samples out of a Bank, cut into patches once, in the Bank's memory: gigabytes need not fit twice. The Bank is empty afterwards."""
 
     def __init__(self, bank, cfg, device, dtype=torch.float32):
-        self.cfg, self.dtype, self.heard = cfg, dtype, hearing(bank.mel, cfg).to(device)
+        self.cfg, self.dtype, self.device, self.heard = cfg, dtype, device, hearing(bank.mel, cfg).to(device)
         for video in bank.video:
             video.view(-1)[:] = patchify(video[None], cfg.patch).flatten()
         n, T = bank.video.shape[:2]
-        self.patches, bank.video = bank.video.view(n, T // 4, -1, 24 * cfg.patch ** 2).to(device), None
+        # On a Mac they stay with the CPU: it is the same memory, and indexing more than 2^31 values on mps is not to be relied on.
+        home = device if device.type == "cuda" else "cpu"
+        self.patches, bank.video = bank.video.view(n, T // 4, -1, 24 * cfg.patch ** 2).to(home), None
 
     def draw(self, n, rng, rank=0, world=1):
         """-> Batch of n, or process `rank`'s share of it if there are more. The reference of each chunk is another moment, outside the
@@ -197,7 +202,7 @@ class Samples:
         for b, c in still.nonzero().tolist():
             chunk = reference[b, c * k:(c + 1) * k].unflatten(-1, (2, 4, -1))                         # k N half f 3pp
             chunk[:] = chunk[:1, :, :, :1].clone()
-        source, reference = (x.to(self.dtype).sub_(127.5).div_(127.5) for x in (source, reference))
+        source, reference = (x.to(self.device).to(self.dtype).sub_(127.5).div_(127.5) for x in (source, reference))
         heard = torch.stack([self.heard[c, 16 * s:16 * (s + L) + cfg.audio_back + cfg.audio_ahead] for c, s in zip(clip, first)])
         return Batch(source, reference, heard, heard[:, cfg.audio_back:cfg.audio_back + 16 * L])
 
@@ -411,6 +416,9 @@ def run(main):
         main(sys.argv[1:])
     except Fail as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; --accumulate 2 trains each batch in two parts, --clips keeps fewer of them in memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -55,7 +55,7 @@ class Config(nn_model.Config):
     muon_lr: float = .02            # Muon's, for the matrices of the blocks
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
-    edges: float = 2.               # weight of errors in differences of neighbouring pixels: rises in the second half (--start: the first); init: throughout
+    edges: float = 2.               # weight of differences of neighbouring pixels: rises in the second half (--start: the first); init: throughout
     view: float = .05               # weight of how differently the reward network sees guess and truth; rises as `edges` does (paper: 0)
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
@@ -76,6 +76,7 @@ class Config(nn_model.Config):
     critic_lr: float = 4e-5
     critic_updates: int = 5         # critic updates to one of the student (paper: 5)
     dmd_shift: float = 1.5          # times at which teacher and critic are asked are uniform, then shifted: the lower, the sharper (paper: 5)
+    dmd_edges: float = 6.           # and the same weight in DMD's gradient: the higher, the sharper (paper: 0)
     guidance: float = 2.            # teacher's, inside the window (paper: 4.5)
     sync_window: str = "on"         # teacher is guided in the window: on, off (no guidance), reversed, all (guided everywhere)
     band_first: int = 20            # j of the 50-step grid (paper: 20)
@@ -260,7 +261,7 @@ def rollout(model, fast, cond, audio, call, times, device):
         if fast.cache_from == "last":
             kept, t = x if call == len(times) - 1 else add_noise(kept, noise_like(x0), times[-1]), times[-1]
         with torch.no_grad():
-            fast(kept, t, *still, cache=cache, write=True)
+            fast(kept, t, *still, cache=cache, store="finished")
     return torch.cat(outputs, 1)
 
 
@@ -287,6 +288,15 @@ def dmd_gradient(fake, real, X):
     return (fake - real) / (X - real).abs().flatten(1).mean(1).clamp(min=1e-6).view(-1, *[1] * (X.ndim - 1))
 
 
+def sharpen(g, edges, model):
+    """g (B, L, N, P) and, times `edges`, what its differences between neighbouring pixels and frames pull at: DenoisingLoss's gradient at g. The fixed point
+    stays where it was, at g = 0, but lips and teeth, which are small, are reached sooner."""
+    with torch.enable_grad():
+        g = g.detach().requires_grad_()
+        loss = DenoisingLoss.apply(g, torch.zeros_like(g), g.new_ones(len(g), 1), edges, model)
+    return torch.autograd.grad(loss, g)[0] * (g.numel() * model.mask.mean() / 2)
+
+
 def dmd_loss(X, g, weight):
     """1/2 |X - sg(X - g)|^2, a sample at a time, weighted (B,).
 
@@ -305,6 +315,8 @@ def reward_weights(net, video, mel, cfg):
 
 
 def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
+    """Each iteration: the student dubs a batch, up to one of its calls, drawn by chance; every `critic_updates`-th time it is moved, by g, from what the critic
+    expects of such clips to what the teacher does; and the critic, at first the teacher's copy, learns (flow matching) what the student makes now."""
     torch.manual_seed(cfg.seed + 2)
     rng = torch.Generator().manual_seed(cfg.seed + 2)
     student, average = student.train().requires_grad_(True), copy.deepcopy(student).requires_grad_(False)
@@ -339,7 +351,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                     real = real_score(teacher, x_t, t, teacher.embed_cond(batch.source, batch.reference), teacher.embed_audio(batch.heard), cfg)
                     fake = critic(x_t, t, critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)).float()
                 weight, c = reward_weights(reward, data.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
-                loss = dmd_loss(X, dmd_gradient(fake, real, X.detach()), weight)
+                loss = dmd_loss(X, sharpen(dmd_gradient(fake, real, X.detach()), cfg.dmd_edges, student), weight)
                 (loss / cfg.accumulate).backward()
             t = draw_t()
             with mixed(device):
@@ -419,6 +431,8 @@ def set_up(cfg):
         DiT(nn_model.Config(**model_fields(cfg)))                # Fail now, not after the experts
     if cfg.start:
         nn_model.load_dit(cfg.start)
+    if cfg.teacher and (was := nn_model.load_dit(cfg.teacher).stage) in ("init", "student"):
+        raise Fail(f"--teacher {cfg.teacher}: its stage is {was}, and a causal student cannot teach; name a teacher.pt")
     for batch in (cfg.teacher_batch, cfg.init_batch, cfg.dmd_batch):
         part_of(batch, cfg)
     return runtime.find_device(cfg.device)

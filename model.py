@@ -107,10 +107,10 @@ def attend_chunks(q, k, v, rope, cfg):
 
 class Cache:
     """Keys (before RoPE) and values of what the next chunk sees of the past, per block. Fixed memory: sink + window - chunk latent
-    frames, however long the video. A pass at t = 0 writes a finished chunk (`write=True`); the chunk after it may come along in
-    the same pass, and sees what was just written. Other passes only read.
+    frames, however long the video. A pass at t = 0 stores a finished chunk; the chunk after it may come along in
+    the same pass, and sees what was just stored. Other passes only read.
 
-    With a sink of 1 and a window of 6, chunk 2 (latent frames 6-8) finds [0, 3, 4, 5] here; once it is written, of those and its own, places
+    With a sink of 1 and a window of 6, chunk 2 (latent frames 6-8) finds [0, 3, 4, 5] here; once it is stored, of those and its own, places
     0 and 4-6 are kept: [0, 6, 7, 8], for chunk 3.
 
     A pass reads `past` and `runs` of this object. Once the window is `full` they stay as they are, so that every chunk runs the same
@@ -123,23 +123,22 @@ class Cache:
         self.cfg, self.kv = cfg, torch.zeros(shape, dtype=dtype or parameter.dtype, device=parameter.device)
         if parameter.is_cuda:
             torch._dynamo.mark_static_address(self.kv)           # or a CUDA graph would not write into it
-        self.chunks, self.frames = -1, []        # chunks written; the latent frames held, in order
+        self.chunks, self.frames = -1, []        # chunks stored; the latent frames held, in order
         self.advance()
 
-    def attend(self, i, q, k, v, rope, write, finished):
-        """Block i's attention over the cached and the new keys; with `write`, keep what the chunk after the first new one will see of both;
-        `finished`: the first new one's output is not used."""
+    def attend(self, i, q, k, v, rope, store):
+        """Block i's attention over the cached and the new keys; with `store` (see DiT.forward), keep what the chunk after the first new one sees of both."""
         N, past = rope.shape[1], self.past
         size, outputs = self.cfg.chunk * N, []
         for c, (q_c, k_c, v_c) in enumerate(zip(q.split(size, 2), k.split(size, 2), v.split(size, 2))):
             k_c = torch.cat([self.kv[i, 0, :, :, :past * N].to(k.dtype), k_c], 2)
             v_c = torch.cat([self.kv[i, 1, :, :, :past * N].to(v.dtype), v_c], 2)
             table = self.table(rope, k_c.shape[2] // N, c)
-            if finished and c == 0 and i == self.cfg.depth - 1:
-                outputs.append(q_c)              # anything will do
+            if store == "finished" and c == 0 and i == self.cfg.depth - 1:
+                outputs.append(q_c)              # anything will do, since nobody reads a finished chunk's output
             else:
                 outputs.append(dense(rotate(q_c, table[-(q_c.shape[2] // N):]), rotate(k_c, table), v_c))
-            if write and c == 0:
+            if store and c == 0:
                 past = 0
                 for a, b in self.runs:           # places in the keys just attended to
                     self.kv[i, 0, :, :, past * N:(past + b - a) * N] = k_c[:, :, a * N:b * N].detach()
@@ -153,7 +152,7 @@ class Cache:
 
     @torch.compiler.disable
     def advance(self):
-        """A chunk has been written. past: how many latent frames are held; runs: once the next chunk is written, these places (first, end) of
+        """A chunk has been stored. past: how many latent frames are held; runs: once the next chunk is stored, these places (first, end) of
         [the held frames, that chunk's] are kept."""
         cfg, self.chunks = self.cfg, self.chunks + 1
         seen = lambda c: [f for f in visible(c, cfg) if f < c * cfg.chunk]   # noqa: E731  of the past, by chunk c
@@ -195,7 +194,7 @@ class Block(nn.Module):
         x = x + audio[:, :, None]
         y = torch.addcmul(shift, F.layer_norm(x, (D,)), scale)
         q, k, v = self.qkv(y).view(B, L * N, 3, h, D // h).permute(2, 0, 3, 1, 4)                  # each B h LN d
-        norm = lambda z, g: F.layer_norm(z, (D // h,), g.to(z.dtype))        # noqa: E731  QK-norm as in ViT-22B, arXiv 2302.05442
+        norm = lambda z, g: F.layer_norm(z, (D // h,), g.to(z.dtype)).to(z.dtype)    # noqa: E731  QK-norm as in ViT-22B, arXiv 2302.05442 (float32 in CUDA's autocast)
         y = attend(norm(q, self.q_scale), norm(k, self.k_scale), v)
         x = torch.addcmul(x, gate, self.out(y.transpose(1, 2).reshape(B, L, N, D)))
         y = torch.addcmul(shift2, F.layer_norm(x, (D,)), scale2)
@@ -290,8 +289,8 @@ class DiT(nn.Module):
 
     def modulation(self, t):
         """t (B, L or 1) in 0..1 or a float -> (B, L or 1, 8, D): all that depends on time alone, for as many passes as share it."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=self.mask.device)
-        freq = 1000 * t.reshape(t.shape if t.ndim == 2 else (1, 1))[..., None] * torch.exp(-torch.arange(64, device=t.device) / 64 * 9.21)
+        t = t.float() if torch.is_tensor(t) else torch.full((1, 1), t, device=self.mask.device)
+        freq = 1000 * t[..., None] * torch.exp(-torch.arange(64, device=t.device) / 64 * 9.21)
         dtype = self.head.weight.dtype
         mod = self.time(torch.cat([freq.cos(), freq.sin()], -1).to(dtype)).to(dtype).unflatten(-1, (8, -1))
         mod[:, :, 1::3] += 1                                     # the scales, the head's included (in autocast's bf16 it would round them)
@@ -305,13 +304,13 @@ class DiT(nn.Module):
             y = torch.where(drop.view(-1, 1, 1), self.null_audio.to(y.dtype), y)
         return self.audio_to_blocks(y).unflatten(-1, (self.cfg.depth, -1))
 
-    def forward(self, x_t, t, cond, audio, causal=False, cache=None, write=False, finished=True):
+    def forward(self, x_t, t, cond, audio, causal=False, cache=None, store=""):
         """x_t (B, L, N, P): noisy patches; t (B, L), (B, 1) or a float in 0..1: their noise level, or its `modulation` -> x0 (B, L, N, P).
 
-        Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk, or with `write` a
-        finished chunk (clean, t = 0) that is stored, and the one after it or nothing. Only the latter's x0 is returned then. With
-        `write` and not `finished`, a chunk is denoised, returned, and stored as it came in."""
-        (B, L, N, _), finished = x_t.shape, write and finished
+        Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk. What is stored there: nothing; with store
+        "finished" the first chunk of x_t, which is done (clean, t = 0), and only the x0 of the one after it is returned, if it came along (else
+        None); with "passing" the chunk that is being denoised, as it came in."""
+        B, L, N, _ = x_t.shape
         if L > MAX_LATENTS and not causal:
             raise Fail(f"{L} latent frames at once, at most {MAX_LATENTS}; stream it, or cut it into windows")
         mod = t if torch.is_tensor(t) and t.ndim == 4 else self.modulation(t)                      # B L|1 8 D
@@ -319,23 +318,25 @@ class DiT(nn.Module):
         audio = audio.to(self.dtype(audio))
         for i, block in enumerate(self.blocks):
             if cache is not None:
-                attend = lambda q, k, v, i=i: cache.attend(i, q, k, v, self.rope, write, finished)          # noqa: E731
+                attend = lambda q, k, v, i=i: cache.attend(i, q, k, v, self.rope, store)          # noqa: E731
             else:
                 attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
         k = self.cfg.chunk
-        if finished and L == k:
-            cache.advance()
-            return None                                          # there is no chunk after it, nothing to denoise
-        if finished:
-            x, mod, cond, L = x[:, k:], mod[:, -k:], Cond(*(c[:, k:] for c in cond)), L - k
-        shift, scale = mod[:, :, None, 6:].unbind(3)
-        x = self.head(torch.addcmul(shift, F.layer_norm(x, (x.shape[-1],)), scale))
-        x = OverlapAdd.apply(x.view(B * L, self.n // 2, self.n, -1), self.cfg.patch, self.m)
-        x0 = cond.known + self.mask.to(x.dtype) * x.view(B, L, N, -1)
-        if write:
+        if store == "finished":
+            x, mod, cond = x[:, k:], mod[:, -k:], Cond(*(c[:, k:] for c in cond))
+        x0 = self.to_pixels(x, mod[..., 6:, :], cond.known) if x.shape[1] else None
+        if store:
             cache.advance()
         return x0
+
+    def to_pixels(self, x, mod, known):
+        """Tokens (B, L, N, D), shift and scale (B, L or 1, 2, D) -> x0 (B, L, N, P), composited with what is known."""
+        B, L, N, D = x.shape
+        shift, scale = mod[:, :, None].unbind(3)
+        x = self.head(torch.addcmul(shift, F.layer_norm(x, (D,)), scale))
+        x = OverlapAdd.apply(x.view(B * L, self.n // 2, self.n, -1), self.cfg.patch, self.m)
+        return known + self.mask.to(x.dtype) * x.view(B, L, N, -1)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

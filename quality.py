@@ -213,8 +213,9 @@ def quality_of(kind, cfg, networks, judge, device):
     videos = [source, front[1.], front[best], truth]
     if student is not None:
         videos.insert(3, dubbed_by(lambda s, m: sample.dub_student(student, s, m)))
-        list(sample.stream(student, source[0, :frames], audio[0]))
-        add("student", videos[3], sample.clock(sample.stream(student, source[0], audio[0]), device), steps=len(student.times or sample.TIMES), guidance=1.)
+        one = source[0].cpu()
+        list(sample.stream(student, one[:frames], audio[0]))
+        add("student", videos[3], sample.clock(sample.stream(student, one, audio[0]), device), steps=len(student.times or sample.TIMES), guidance=1.)
         named["student"] = "student"
     table(kind, rows)
     sheet(f"{cfg.out}/quality-{cfg.config}-{kind}.png", [v.cpu() for v in videos])
@@ -372,6 +373,7 @@ VARIANTS = {
     "landing 20": dict(landing=20),
     "landing 30 (paper)": dict(landing=30),
     "dmd shift 5 (paper)": dict(dmd_shift=5.),
+    "no edges in dmd (paper)": dict(dmd_edges=0.),
     "noisy chunks only in init (paper)": dict(init_clean=0.),
     "cache from the last denoising pass": dict(cache="last"),
     "1 step": dict(student_steps=1),
@@ -382,9 +384,10 @@ VARIANTS = {
 def ablate(cfg):
     """The distillation again with one thing changed at a time: init (once for each grid of times), dmd, and the judge."""
     device, home = start(cfg), Path(cfg.out) / "ablate"
-    wanted = {name: fields for name, fields in VARIANTS.items() if any(word.strip() in name for word in cfg.only.split(","))}
-    if not wanted:
-        raise Fail(f"--only {cfg.only}: no row is called so; they are {'; '.join(VARIANTS)}")
+    words = [word.strip() for word in cfg.only.split(",")]
+    if strange := [word for word in words if not any(word in name for name in VARIANTS)]:
+        raise Fail(f"--only: no row is called {', '.join(strange)}; they are {'; '.join(VARIANTS)}")
+    wanted = {name: fields for name, fields in VARIANTS.items() if any(word in name for word in words)}
     if cfg.split not in data.SPLITS:
         raise Fail(f"--split {cfg.split}: one of {', '.join(data.SPLITS)}")
     experts = {name: syncnet.load_syncnet(checkpoint(cfg, name), device) for name in ("judge", "syncnet")}

@@ -2,8 +2,10 @@
 import ctypes
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,10 +27,12 @@ def ranks():
 def join_others(device=""):
     """If torchrun started several processes: meet them, each with a GPU of its own unless `device` says cpu. Only the first one speaks."""
     if "LOCAL_RANK" in os.environ:
-        gpu = torch.cuda.is_available() and device != "cpu"
+        gpu, local = torch.cuda.is_available() and device != "cpu", int(os.environ["LOCAL_RANK"])
+        if gpu and local >= torch.cuda.device_count():
+            raise Fail(f"process {local + 1} of {torch.cuda.device_count()} GPUs: lower --nproc_per_node, or --device cpu")
         dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=2))      # the first one reads a folder, trains the experts
         if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(local)
         if ranks()[0]:
             sys.stdout = open(os.devnull, "w")
 
@@ -112,15 +116,24 @@ def refresh(fast, student):
 
 # -------------------------------------------------------------------------------------------------- devices, checkpoints
 def find_device(name=""):
-    """The named device, or the best there is."""
+    """The named device, or the best there is (of several processes: a GPU each, or the CPU). A GPU becomes the current one."""
     if name:
         try:
-            return torch.zeros(1, device=name).device
+            device = torch.zeros(1, device=name).device
         except (RuntimeError, AssertionError) as e:
             raise Fail(f"--device {name}: {str(e).splitlines()[0]}") from None
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() and not dist.is_initialized() else "cpu")
+
+
+def synchronize(device):
+    """Until the device has done what it was told: what a clock must wait for."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def fast_dtype(device):
@@ -137,8 +150,10 @@ def mixed(device):
 
 
 def compile_in_place(net, switch, device):
-    """torch.compile for training: on, off, or auto, for a GPU only."""
-    if switch == "on" or switch == "auto" and device.type == "cuda":
+    """torch.compile for training: on, off, or auto, for a GPU only, and only where there is what it needs."""
+    if switch == "auto" and device.type == "cuda" and not (importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))):
+        print("torch.compile is left out: it needs Triton and a C compiler", flush=True)
+    elif switch == "on" or switch == "auto" and device.type == "cuda":
         net.compile()
 
 
@@ -202,19 +217,25 @@ class Progress:
         self.saved, self.step = time.time(), 0
         if self.path.is_file():
             state = load(self.path, "resume")
-            check_same(self.path, state["made_with"], cfg, fields)
+            check_same(self.path, state["made_with"], cfg, [f for f in fields if not f.endswith("_lr")])     # a rate may have been too high
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             rng.set_state(state["rng"])
-            torch.set_rng_state(state["torch_rng"][0])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["torch_rng"][1])  # all processes draw the same numbers, each on its own GPU
+            for name, random in self.generators().items():       # all processes draw the same numbers, each on its own GPU
+                if name in state["torch_rng"]:                   # else it was stopped on another kind of device
+                    random.set_rng_state(state["torch_rng"][name])
             self.step = state["step"]
             print(f"{stage}: going on after step {self.step}")
 
+    @staticmethod
+    def generators():
+        """What draws noise here: {name: module with get_rng_state and set_rng_state}."""
+        here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        return {name: {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}[name] for name in here if here[name]}
+
     def save(self, step):
         if time.time() - self.saved > self.cfg.save_seconds and not ranks()[0]:
-            states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+            states = {name: random.get_rng_state() for name, random in self.generators().items()}
             save(self.path, kind="resume", step=step, made_with=dataclasses.asdict(self.cfg), rng=self.rng.get_state(), torch_rng=states,
                  **{name: part.state_dict() for name, part in self.parts.items()})
             self.saved = time.time()

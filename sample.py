@@ -144,21 +144,22 @@ def in_chunks(cond, audio, k):
 def seeded(seed):
     """Like torch.randn_like, the same numbers on every device."""
     rng = torch.Generator().manual_seed(seed)
-    return lambda x: torch.randn(x.shape, generator=rng).to(x.device)
+    return lambda x: torch.randn(x.shape, generator=rng).to(x.device, non_blocking=x.is_cuda)
 
 
 @torch.no_grad()
 def generate(model, conditions, times=None, noise=torch.randn_like, make_cache=Cache):
     """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each. noise(x): Gaussian
-    noise of the shape of x.
+    noise of the shape of x. In the paper's three passes a chunk, it is
 
-    The paper's three passes a chunk: noise -> x0, re-noised with fresh noise -> x0, and one at t = 0 that writes the cache. The
-    last is not needed before the next chunk, so it runs in one forward with that chunk's first: two calls a chunk, the same numbers. A model
-    whose `cache_from` is "last" has no such pass: its last denoising pass writes the cache.
+        x0 = model(noise, t1);  x0 = model(add_noise(x0, fresh noise, t2), t2);  model(x0, 0, store="finished");  yield x0
+
+    The last pass is not needed before the next chunk, so here it runs in one forward with that chunk's first: two calls a chunk, the same numbers. A
+    model whose `cache_from` is "last" has no such pass: its last denoising pass writes the cache.
 
     A compiled model (`model.compile(dynamic=False, mode="reduce-overhead")`: CUDA graphs) is run uncompiled until the window is full: its shapes
     still change till then."""
-    cache, before, times = None, None, times or model.times or TIMES
+    cache, x0, before, times = None, None, None, times or model.times or TIMES
     for cond, audio in conditions:
         device, k, empty = cond.known.device, model.cfg.chunk, cond.known.float()
         with mixed(device):
@@ -167,14 +168,13 @@ def generate(model, conditions, times=None, noise=torch.randn_like, make_cache=C
                 joint = torch.cat([model.modulation(0.).expand(-1, k, -1, -1), mods[0].expand(-1, k, -1, -1)], 1)
             call = model if cache.full else model.forward        # the second is never compiled
             for i, t in enumerate(times):
-                x = add_noise(x0, noise(empty), t) if i else noise(empty)                   # noqa: F821
+                x = add_noise(x0, noise(empty), t) if i else noise(empty)
                 if i == 0 and before is not None:
                     clean, cond_before, audio_before = before
                     both = lambda a, b: torch.cat([a, b], 1)                                                # noqa: E731
-                    x0 = call(both(clean, x), joint, Cond(*map(both, cond_before, cond)), both(audio_before, audio), cache=cache, write=True)
+                    x0 = call(both(clean, x), joint, Cond(*map(both, cond_before, cond)), both(audio_before, audio), cache=cache, store="finished")
                 else:
-                    writes = model.cache_from == "last" and i == len(times) - 1
-                    x0 = call(x, mods[i], cond, audio, cache=cache, write=writes, finished=False)
+                    x0 = call(x, mods[i], cond, audio, cache=cache, store="passing" if model.cache_from == "last" and i == len(times) - 1 else "")
                 x0 = x0.to(torch.float32, copy=True)             # a CUDA graph's output is overwritten by its next run
         before = (x0, cond, audio) if model.cache_from == "clean" else None
         yield x0
@@ -239,8 +239,7 @@ def chunk_mel(audio, c, cfg):
 def clock(frames_of, device):
     """Time an iterable of uint8 frames (n, S, S, 3): (frames a second, seconds to the first frame). Pixels and samples are in
     memory when the clock starts; everything from there to uint8 frames in host memory is included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    runtime.synchronize(device)
     begun, first, count = time.perf_counter(), None, 0
     for frames in frames_of:
         frames.cpu()
@@ -333,11 +332,11 @@ def closing_table(cfg, teacher, student, judge, device, spent):
     teacher, student = (copy.deepcopy(net).to(runtime.fast_dtype(device)) for net in (teacher, student))      # as sample.py runs them
     pairs = data.held_out(cfg.table_clips, cfg.size, "held-out", device, 8 * cfg.chunk)
     source, truth, mel, _ = pairs
-    one, audio, T = source[0], data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
+    one, audio, T = source[0].cpu(), data.dub_pair(0, source.shape[1], cfg.size)[1].audio, 4 * cfg.latents
     rows = [("truth", syncnet.judged(truth, pairs, judge), None)]
     for name, scale in (("teacher, 50 steps, unguided", 1.), (f"teacher, 50 steps, guidance {cfg.guidance:g}", cfg.guidance)):
         dub = dub_teacher(teacher, source, mel, guidance=scale, latents=cfg.latents)
-        speed = clock((dub_teacher(teacher, one[None, :T], data.log_mel(audio[:T * 640])[None].to(device), guidance=scale, latents=cfg.latents)[0]
+        speed = clock((dub_teacher(teacher, one[None, :T].to(device), data.log_mel(audio[:T * 640])[None].to(device), guidance=scale, latents=cfg.latents)[0]
                        for _ in range(1)), device)
         rows.append((name, syncnet.judged(dub, pairs, judge), speed))
     list(stream(student, one[:24], audio, cfg.times))                                                # warm up

@@ -1,4 +1,11 @@
-"""Shared pieces: a real tiny network, a few drawn clips, a small expert. Everything runs on a CPU in float32 unless a test says so."""
+"""Shared pieces: a real tiny network, a few drawn clips, a small expert. Everything runs on a CPU: layers in
+float32, whole jobs in what the CPU multiplies fastest (bf16 if it can)."""
+import os
+import sys
+
+if not any("test_device" in word for word in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""      # before torch is imported; only test_device.py, if it is asked for by name, is for a GPU
+
 import pytest
 import torch
 

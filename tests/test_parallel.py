@@ -24,6 +24,7 @@ def first_step(launcher, folder, *more):
     script.write_text(SCRIPT.format(root=str(ROOT)))
     done = subprocess.run([sys.executable, *launcher, str(script), *TINY, "--out", str(folder / "out"), *more], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("results in") == 1                  # of several, one speaks
     norm = json.loads((folder / "out" / "log.jsonl").read_text().splitlines()[0])["norm"]
     return torch.load(folder / "out" / "teacher.pt", weights_only=True)["model"], norm
 

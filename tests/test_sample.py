@@ -75,7 +75,7 @@ def test_two_calls_a_chunk_equal_the_three_passes(tiny, parts):
     for part, heard in chunks:
         x0 = tiny(noise(part.known), sample.TIMES[0], part, heard, cache=cache)
         x0 = tiny(sample.add_noise(x0, noise(x0), sample.TIMES[1]), sample.TIMES[1], part, heard, cache=cache)
-        tiny(x0, 0., part, heard, cache=cache, write=True)
+        tiny(x0, 0., part, heard, cache=cache, store="finished")
         separate.append(x0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "fast_dtype", lambda device: torch.float32)
