@@ -294,7 +294,7 @@ def sharpen(g, edges, model):
     with torch.enable_grad():
         g = g.detach().requires_grad_()
         loss = DenoisingLoss.apply(g, torch.zeros_like(g), g.new_ones(len(g), 1), edges, model)
-    return torch.autograd.grad(loss, g)[0] * (g.numel() * model.mask.mean() / 2)
+    return torch.autograd.grad(loss, g)[0] * (g.numel() * model.mask.mean() / 2)         # so that without edges it is g
 
 
 def dmd_loss(X, g, weight):

@@ -308,7 +308,7 @@ class DiT(nn.Module):
         """x_t (B, L, N, P): noisy patches; t (B, L), (B, 1) or a float in 0..1: their noise level, or its `modulation` -> x0 (B, L, N, P).
 
         Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk. What is stored there: nothing; with store
-        "finished" the first chunk of x_t, which is done (clean, t = 0), and only the x0 of the one after it is returned, if it came along (else
+        "finished" the first chunk of x_t, which is done (at inference clean, t = 0), and only the x0 of the one after it is returned, if it came along (else
         None); with "passing" the chunk that is being denoised, as it came in."""
         B, L, N, _ = x_t.shape
         if L > MAX_LATENTS and not causal:

@@ -230,8 +230,8 @@ class Progress:
     @staticmethod
     def generators():
         """What draws noise here: {name: module with get_rng_state and set_rng_state}."""
-        here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        return {name: {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}[name] for name in here if here[name]}
+        every = dict(cpu=(torch, True), cuda=(torch.cuda, torch.cuda.is_available()), mps=(torch.mps, torch.backends.mps.is_available()))
+        return {name: module for name, (module, here) in every.items() if here}
 
     def save(self, step):
         if time.time() - self.saved > self.cfg.save_seconds and not ranks()[0]:
