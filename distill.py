@@ -55,8 +55,8 @@ class Config(nn_model.Config):
     muon_lr: float = .02            # Muon's, for the matrices of the blocks
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
-    edges: float = 2.               # weight of differences of neighbouring pixels: rises in the second half (--start: the first); init: throughout
-    view: float = .05               # weight of how differently the reward network sees guess and truth; rises as `edges` does (paper: 0)
+    edges: float = 2.               # weight of differences of neighbouring pixels: rises in the second half (--start, and init: throughout)
+    view: float = .05               # weight of how differently the expert sees guess and truth: rises in the second half (--start: the first; paper: 0)
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
     teacher_ema: float = .998
@@ -108,7 +108,7 @@ OWN = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_ba
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1400, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
-    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, teacher_steps=10000, teacher_ema=.999, init_steps=400),
+    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, teacher_steps=10000, teacher_ema=.999, init_steps=400, dmd_steps=45),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
@@ -190,7 +190,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
                 late = min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start)))
-                loss, x0_hat = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, late * cfg.edges)
+                loss, x0_hat = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, (1 if cfg.start else late) * cfg.edges)
                 if late * cfg.view:
                     loss = loss + late * cfg.view * seen_differently(reward, x0_hat, batch)
             (loss / cfg.accumulate).backward()

@@ -43,7 +43,7 @@ class Config:
 
 SIZES = {
     "tiny": dict(size=32, patch=8, width=96, depth=4, heads=3),
-    "small": dict(size=64, patch=16, width=256, depth=4, heads=4),
+    "small": dict(size=64, patch=8, width=256, depth=4, heads=4),
     "base": dict(size=128, patch=16, width=384, depth=12, heads=6),
 }
 
