@@ -189,7 +189,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
             drop = mine(torch.rand(n, generator=rng) < cfg.audio_drop).to(device)
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
-                late = min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start)))
+                late = min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start)))     # the coarse first, which --start brings with it
                 loss, x0_hat = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, (1 if cfg.start else late) * cfg.edges)
                 if late * cfg.view:
                     loss = loss + late * cfg.view * seen_differently(reward, x0_hat, batch)
