@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import os
 import re
 import shutil
@@ -181,6 +182,15 @@ class Samples:
         # On a Mac they stay with the CPU: it is the same memory, and indexing more than 2^31 values on mps is not to be relied on.
         home = device if device.type == "cuda" else "cpu"
         self.patches, bank.video = bank.video.view(n, T // 4, -1, 24 * cfg.patch ** 2).to(home), None
+
+    def cut(self, patch):
+        """Into patches of another size, in place. -> self."""
+        was = math.isqrt(self.patches.shape[-1] // 24)
+        if patch != was:
+            for clip in self.patches:
+                clip.view(-1)[:] = patchify(unpatchify(clip[None], was), patch).flatten()
+            self.patches = self.patches.view(*self.patches.shape[:2], -1, 24 * patch ** 2)
+        return self
 
     def draw(self, n, rng, rank=0, world=1):
         """-> Batch of n, or process `rank`'s share of it if there are more. The reference of each chunk is another moment, outside the
@@ -390,7 +400,7 @@ def options(cls, argv, usage, presets=None):
     if presets:
         parser.add_argument("--config", choices=list(presets), default=next(iter(presets)))
     source = "\n".join(inspect.getsource(c) for c in cls.__mro__[:-1])
-    truth = {"0": False, "1": True, "false": False, "true": True}
+    truth = {"0": False, "off": False, "false": False, "1": True, "on": True, "true": True}
 
     def boolean(word):
         if word.lower() not in truth:

@@ -23,7 +23,7 @@ import model as nn_model
 import runtime
 import syncnet
 from data import Fail
-from model import SIZES, Cache, Cond, DiT, model_fields, save_dit
+from model import SIZES, Cache, Cond, DenoisingLoss, DiT, model_fields, save_dit
 from runtime import Log, Progress, ema, mean_over_ranks, mine, mixed, muon_and_adam, noise_like, optimizer_step, part_of, ranks, rate, refresh
 from sample import TIMES, add_noise, closing_table, dub_student, dub_teacher, generate, guided, in_chunks, null_audio, shift, side_by_side, tau
 
@@ -48,6 +48,7 @@ class Config(nn_model.Config):
     sync_batch: int = 16
     judge_clips: int = 2000         # people at most that only the judge learns from
     # teacher
+    coarse_steps: int = 0           # before these, with patches twice as large and t_shift's and weight_clip's defaults: timing at less than half of the price
     teacher_steps: int = 3000
     start: str = ""                 # a teacher's checkpoint to go on from: its weights, where the shapes are the same
     teacher_batch: int = 16
@@ -55,7 +56,7 @@ class Config(nn_model.Config):
     muon_lr: float = .02            # Muon's, for the matrices of the blocks
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
-    edges: float = 2.               # weight of differences of neighbouring pixels: rises in the second half (--start, and init: throughout)
+    edges: float = 2.               # weight of differences of neighbouring pixels: rises in the second half (--start, after coarse_steps, init: throughout)
     view: float = .05               # weight of how differently the expert sees guess and truth: rises in the second half (--start: the first; paper: 0)
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
@@ -87,6 +88,8 @@ class Config(nn_model.Config):
     accumulate: int = 1             # a batch is run in this many parts, for less memory
     compile: str = "auto"           # torch.compile of teacher and critic in training: on, off, or auto: on for a GPU (on 2 CPU cores it does not pay)
 
+    zero = (*nn_model.Config.zero, "coarse_steps")
+
     @property
     def times(self):
         return (TIMES[0], *(tau(self.landing * i / (self.student_steps - 1)) for i in range(1, self.student_steps)))
@@ -102,58 +105,21 @@ def down_to(last):
 EXPERT = "size", "config", "folder", "seed", "clips", "clip_latents", "sync_steps", "sync_batch", "judge_clips"
 DEPENDS = {"syncnet": EXPERT, "judge": EXPERT, "teacher": down_to("teacher_ema"), "init": ["teacher", *down_to("init_lr")],
            "student": ["teacher", *down_to("raw_weights")]}
+DEPENDS["coarse"] = DEPENDS["teacher"]
 # Fields that are a stage's own: with other values than the preset's, its bundled result is not used.
 OWN = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_batch", "judge_clips"],
-       "teacher": "teacher_steps start teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
+       "teacher": "coarse_steps teacher_steps start teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1400, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
-    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, teacher_steps=10000, teacher_ema=.999, init_steps=400, dmd_steps=45),
+    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, coarse_steps=5000, teacher_steps=4000, t_shift=3.5,
+                  weight_clip=4., teacher_ema=.999, init_steps=400),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
 
 
 # -------------------------------------------------------------------------------------------------------------- teacher
-class DenoisingLoss(torch.autograd.Function):
-    """Mean of weight (x - y)^2 over the masked pixels and, times `edges`, of the same for the differences between neighbouring pixels, in x, in y and in
-    time: quadratic in x - y, so that the best guess is E[x0 | x_t] still, but lips, teeth and what moves count for more than large smooth areas,
-    and steps between tokens are seen. Outside the mask x = y. In bf16, where that is fast, and with its gradient made on the way, since autograd needs
-    35 ms for it, a seventh of a step, and this takes 20."""
-
-    @staticmethod
-    def forward(ctx, x, y, weight, edges, model):
-        """x, y (B, L, N, P); weight (B, L or 1) -> a number."""
-        (B, L, _, _), p, n, area = x.shape, model.cfg.patch, model.n, model.mask.mean()
-        root = weight[..., None, None].sqrt().to(runtime.fast_dtype(x.device))
-        e = (x - y).to(root.dtype) * root
-        gradient = e * model.mask.to(e.dtype)
-        total = lambda z: z.sum(-1).sum(dtype=torch.float32)     # noqa: E731  over rows in bf16: three times as fast, 1e-4 off
-        loss = total(gradient * e) / (e.numel() * area)
-        gradient *= 2 / (e.numel() * area)
-        if edges:
-            v = e.reshape(B, L, n // 2, n, 4, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, 4 * L, n // 2 * p, n * p * 3)
-            pull = torch.zeros_like(v)                           # each difference pulls at both of its ends
-            whole, but_first, but_last = slice(None), slice(1, None), slice(None, -1)
-            for later, sooner in (((whole, but_first), (whole, but_last)), ((whole, whole, but_first), (whole, whole, but_last)),
-                                  ((..., slice(3, None)), (..., slice(None, -3)))):                       # in time, in y, in x
-                d = v[later] - v[sooner]
-                share = edges / (d.numel() * area)
-                loss += share * total(d * d)
-                d *= 2 * share
-                pull[later] += d
-                pull[sooner] -= d
-            gradient += pull.view(B, L, 4, n // 2, p, n, p, 3).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
-        ctx.save_for_backward(gradient, root)
-        ctx.dtype = x.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        gradient, root = ctx.saved_tensors
-        return ((grad * root).to(root.dtype) * gradient).to(ctx.dtype), None, None, None, None
-
-
 def flow_loss(model, x0, cond, audio, t, weight_clip, edges=0.):
     """Flow matching with an x0 network, loss in velocity space: |v' - v|^2 = |x0' - x0|^2 / t^2, clipped. t (B, 1) -> the loss, and x0'."""
     x0_hat = model(add_noise(x0, noise_like(x0), t), t, cond, audio)
@@ -166,21 +132,22 @@ def seen_differently(reward, x0_hat, batch):
     return syncnet.view_loss(reward, *(data.picture(x[half], batch.source[half], p) for x in (x0_hat, batch.x0)))
 
 
-def train_teacher(cfg, samples, reward, judge, watch, device):
-    """Flow matching, from the ears of the reward network, or from what fits of --start."""
+def train_teacher(cfg, samples, reward, judge, watch, device, name="teacher", start=""):
+    """Flow matching, from the ears of the reward network, or from what fits of `start`, or --start."""
+    start = start or cfg.start
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
     model = DiT(nn_model.Config(**model_fields(cfg))).to(device)
     model.hear.load_state_dict(reward.sound.state_dict())        # as the paper starts from an encoder of speech, wav2vec 2.0
-    if cfg.start:
-        own, theirs = model.state_dict(), nn_model.load_dit(cfg.start, device).state_dict()
+    if start:
+        own, theirs = model.state_dict(), nn_model.load_dit(start, device).state_dict()
         fits = {name: w for name, w in theirs.items() if name in own and w.shape == own[name].shape}
         model.load_state_dict({**own, **fits})
-        print(f"teacher: {len(fits)} of {len(own)} weights are those of {cfg.start}", flush=True)
+        print(f"teacher: {len(fits)} of {len(own)} weights are those of {start}", flush=True)
     average = copy.deepcopy(model).requires_grad_(False)
     muon, adam = muon_and_adam(model, cfg)
-    progress = Progress(cfg, "teacher", DEPENDS["teacher"], rng, model=model, average=average, muon=muon, adam=adam)
-    log, n = Log(cfg.out, "teacher", cfg.teacher_steps, progress.step), part_of(cfg.teacher_batch, cfg)
+    progress = Progress(cfg, name, DEPENDS[name], rng, model=model, average=average, muon=muon, adam=adam)
+    log, n = Log(cfg.out, name, cfg.teacher_steps, progress.step), part_of(cfg.teacher_batch, cfg)
     runtime.compile_in_place(model, cfg.compile, device)
     for step in range(progress.step + 1, cfg.teacher_steps + 1):
         for _ in range(cfg.accumulate):
@@ -190,7 +157,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
                 late = min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start)))     # the coarse first, which --start brings with it
-                loss, x0_hat = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, (1 if cfg.start else late) * cfg.edges)
+                loss, x0_hat = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, (1 if start else late) * cfg.edges)
                 if late * cfg.view:
                     loss = loss + late * cfg.view * seen_differently(reward, x0_hat, batch)
             (loss / cfg.accumulate).backward()
@@ -204,7 +171,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device):
         elif step % max(1, cfg.teacher_steps // 40) == 0 or step == progress.step + 5:
             log(step, loss=loss.item(), norm=norm)
         progress.save(step)
-    save_dit(f"{cfg.out}/teacher.pt", average, cfg, "teacher", cfg.teacher_steps)
+    save_dit(f"{cfg.out}/{name}.pt", average, cfg, "teacher", cfg.teacher_steps)
     progress.done()
 
 
@@ -385,7 +352,7 @@ def locate(name, cfg):
     if name == "teacher" and cfg.teacher:
         data.need_file(cfg.teacher)
         return Path(cfg.teacher)
-    before = Path(cfg.out) / {"init": "teacher.pt", "student": "init.pt"}.get(name, "")
+    before = Path(cfg.out) / {"teacher": "coarse.pt", "init": "teacher.pt", "student": "init.pt"}.get(name, "")
     for made in (here, here.with_suffix(".resume.pt")):
         if made.is_file() and before.is_file() and before.stat().st_mtime > made.stat().st_mtime:
             raise Fail(f"{made} was distilled from another {before.stem}; delete it, or choose another --out")
@@ -412,6 +379,12 @@ def load_matching(path, cfg, device):
     return net
 
 
+def first_of(cfg):
+    """The settings of the coarse steps before a teacher's."""
+    return dataclasses.replace(cfg, patch=2 * cfg.patch, teacher_steps=cfg.coarse_steps, view=0., t_shift=Config.t_shift, weight_clip=Config.weight_clip,
+                               seed=cfg.seed + 30)
+
+
 def set_up(cfg):
     """Check what argparse cannot, and join the other processes if torchrun started several -> device."""
     for name, words in (("stage", ("teacher", "init", "all")), ("cache", ("clean", "last")), ("compile", ("on", "off", "auto")),
@@ -428,7 +401,8 @@ def set_up(cfg):
     runtime.keep_memory()
     runtime.join_others(cfg.device)
     with torch.device("meta"):
-        DiT(nn_model.Config(**model_fields(cfg)))                # Fail now, not after the experts
+        for recipe in (cfg, first_of(cfg)) if cfg.coarse_steps else (cfg,):
+            DiT(nn_model.Config(**model_fields(recipe)))         # Fail now, not after the experts
     if cfg.start:
         nn_model.load_dit(cfg.start)
     if cfg.teacher and (was := nn_model.load_dit(cfg.teacher).stage) in ("init", "student"):
@@ -459,7 +433,7 @@ def main(argv):
         patches = data.Samples(bank("train"), cfg, device, dtype)
         bank.cache_clear()
         return patches
-    def stage(name, train):
+    def stage(name, train, cfg=cfg):
         """train(path) unless its result is there -> the path of the result."""
         path = locate(name, cfg)
         runtime.wait()
@@ -483,7 +457,12 @@ def main(argv):
     bank.cache_clear()
     reward = expert("syncnet", "train", cfg.seed + 10)
     watch = data.held_out(cfg.eval_clips, cfg.size, "watch", device, 8 * cfg.chunk)
-    teacher = network("teacher", lambda: train_teacher(cfg, samples(), reward, judge, watch, device))
+    def teach(cfg, **more):
+        train_teacher(cfg, samples().cut(cfg.patch), reward, judge, watch, device, **more)
+    coarse = ""
+    if cfg.coarse_steps and not cfg.start and locate("teacher", cfg) is None:
+        coarse = stage("coarse", lambda path: teach(first_of(cfg), name="coarse"), first_of(cfg))
+    teacher = network("teacher", lambda: teach(cfg, start=coarse))
     if cfg.stage != "teacher":
         init = network("init", lambda: train_init(cfg, teacher, samples(), reward, judge, watch, device))
     if cfg.stage == "all":

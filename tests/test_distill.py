@@ -143,6 +143,7 @@ def test_references_come_from_outside_the_sample(samples, cfg):
 
 def test_the_whole_job_then_again_then_with_other_settings(cfg, capsys, tmp_path):
     """Every stage for a few steps; the second time nothing is trained; a result of other settings is refused, not used."""
+    cfg = dataclasses.replace(cfg, coarse_steps=2)
     argv = ["--out", str(tmp_path), "--config", "tiny"]
     base = distill.PRESETS["tiny"]
     argv += [x for f in dataclasses.fields(cfg) if f.name not in ("config", "out") and getattr(cfg, f.name) != base.get(f.name, f.default)
@@ -152,7 +153,8 @@ def test_the_whole_job_then_again_then_with_other_settings(cfg, capsys, tmp_path
     assert "student, 2 steps a chunk" in said and "inf" not in said
     assert {"sample.mp4", "curves.png", "log.jsonl", "student.pt"} <= {p.name for p in tmp_path.iterdir()} and not list(tmp_path.glob("*.resume.pt"))
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert {r["stage"] for r in rows} == {"teacher", "init", "dmd"} and any("critic_loss" in r and "psnr" in r for r in rows)
+    assert "weights are those of" in said and nn_model.load_dit(tmp_path / "coarse.pt").cfg.patch == 16
+    assert {r["stage"] for r in rows} == {"coarse", "teacher", "init", "dmd"} and any("critic_loss" in r and "psnr" in r for r in rows)
     distill.main(argv)
     assert "step" not in capsys.readouterr().out.split("Sync-C")[0]
     with pytest.raises(distill.Fail, match="--beta 1.0, not 0.5"):
@@ -176,6 +178,28 @@ def test_a_teacher_starts_from_another(cfg, samples, tiny, expert, tmp_path, pat
     assert len(first) - len(kept) in ((0,) if patch == 8 else range(2, 7)) and "blocks.0.qkv.weight" in kept
     first, end = (torch.cat([w[name].flatten() for name in kept]) for w in (first, end))
     assert 0 < (end - first).norm() < .01 * first.norm()
+
+
+def test_edges_and_view_come_in_when_they_should(cfg, samples, tiny, expert, tmp_path, monkeypatch):
+    """From nothing both in the second half; from another teacher the edges at once and the view in the first half; from coarse steps the edges at once."""
+    nn_model.save_dit(str(tmp_path / "first.pt"), tiny, cfg, "teacher", 1)
+    watch, loss, view, weights = data.held_out(1, cfg.size, "watch", CPU, latents=6), distill.flow_loss, distill.seen_differently, []
+    monkeypatch.setattr(distill, "flow_loss", lambda *a: (weights.append([a[-1], False]), loss(*a))[1])
+    monkeypatch.setattr(distill, "seen_differently", lambda *a: (weights[-1].__setitem__(1, True), view(*a))[1])
+    first = str(tmp_path / "first.pt")
+    for given, coarse, expected in (("", "", [[0., False], [0., False], [1., True], [2., True]]), (first, "", [[2., True]] * 4),
+                                    ("", first, [[2., False], [2., False], [2., True], [2., True]])):
+        weights.clear()
+        distill.train_teacher(dataclasses.replace(cfg, out=str(tmp_path), start=given), samples, expert, expert, watch, CPU, start=coarse)
+        assert weights == expected
+
+
+def test_samples_are_cut_anew(cfg):
+    bank = data.Bank(cfg.size, 4 * cfg.clip_latents, 2)
+    video = bank.video.clone()
+    samples = data.Samples(bank, cfg, CPU)
+    for patch in (16, 16, 8):
+        assert torch.equal(samples.cut(patch).patches, data.patchify(video, patch))
 
 
 def test_base_takes_its_steps(expert, tmp_path):
@@ -269,8 +293,8 @@ def test_denoising_loss_is_that_of_the_picture(tiny, parts, monkeypatch):
     whole = plain + 2 * sum(picture(e).diff(dim=d).square().mean() for d in (1, 2, 3)) / tiny.mask.mean()
     for edges, expected in ((0., plain), (2., whole)):
         for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, .02)):
-            monkeypatch.setattr(runtime, "fast_dtype", lambda device, dtype=dtype: dtype)
-            loss = distill.DenoisingLoss.apply(x, y, weight, edges, tiny)
+            monkeypatch.setattr(nn_model, "fast_dtype", lambda device, dtype=dtype: dtype)
+            loss = nn_model.DenoisingLoss.apply(x, y, weight, edges, tiny)
             assert loss.item() == pytest.approx(expected.item(), rel=close)
             a, b = (torch.autograd.grad(3 * z, x, retain_graph=True)[0] for z in (loss, expected))
             assert (a - b).norm() < close * b.norm() and not a[0, 2].any()
