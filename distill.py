@@ -88,7 +88,7 @@ class Config(nn_model.Config):
     accumulate: int = 1             # a batch is run in this many parts, for less memory
     compile: str = "auto"           # torch.compile of teacher and critic in training: on, off, or auto: on for a GPU (on 2 CPU cores it does not pay)
 
-    zero = (*nn_model.Config.zero, "coarse_steps")
+    zero = (*nn_model.Config.zero, "coarse_steps")      # may be 0
 
     @property
     def times(self):
@@ -379,10 +379,10 @@ def load_matching(path, cfg, device):
     return net
 
 
-def first_of(cfg):
-    """The settings of the coarse steps before a teacher's."""
-    return dataclasses.replace(cfg, patch=2 * cfg.patch, teacher_steps=cfg.coarse_steps, view=0., t_shift=Config.t_shift, weight_clip=Config.weight_clip,
-                               seed=cfg.seed + 30)
+def coarse_config(cfg):
+    """The settings of the coarse steps before a teacher's, which draw other samples; None if there are none."""
+    return None if cfg.start or not cfg.coarse_steps else dataclasses.replace(
+        cfg, patch=2 * cfg.patch, teacher_steps=cfg.coarse_steps, view=0., t_shift=Config.t_shift, weight_clip=Config.weight_clip, seed=cfg.seed + 30)
 
 
 def set_up(cfg):
@@ -401,7 +401,7 @@ def set_up(cfg):
     runtime.keep_memory()
     runtime.join_others(cfg.device)
     with torch.device("meta"):
-        for recipe in (cfg, first_of(cfg)) if cfg.coarse_steps else (cfg,):
+        for recipe in filter(None, (cfg, coarse_config(cfg))):
             DiT(nn_model.Config(**model_fields(recipe)))         # Fail now, not after the experts
     if cfg.start:
         nn_model.load_dit(cfg.start)
@@ -459,9 +459,9 @@ def main(argv):
     watch = data.held_out(cfg.eval_clips, cfg.size, "watch", device, 8 * cfg.chunk)
     def teach(cfg, **more):
         train_teacher(cfg, samples().cut(cfg.patch), reward, judge, watch, device, **more)
-    coarse = ""
-    if cfg.coarse_steps and not cfg.start and locate("teacher", cfg) is None:
-        coarse = stage("coarse", lambda path: teach(first_of(cfg), name="coarse"), first_of(cfg))
+    first, coarse = coarse_config(cfg), ""
+    if first and locate("teacher", cfg) is None:
+        coarse = stage("coarse", lambda path: teach(first, name="coarse"), first)
     teacher = network("teacher", lambda: teach(cfg, start=coarse))
     if cfg.stage != "teacher":
         init = network("init", lambda: train_init(cfg, teacher, samples(), reward, judge, watch, device))

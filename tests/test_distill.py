@@ -308,5 +308,6 @@ def test_a_bundled_teacher_does_not_swallow_options(tmp_path):
     with pytest.raises(data.Fail, match="--start"):
         distill.locate("teacher", dataclasses.replace(small, start="other.pt"))
     assert distill.locate("teacher", dataclasses.replace(small, teacher_steps=5, stage="teacher")) is None
+    assert distill.coarse_config(small).patch == 16 and distill.coarse_config(dataclasses.replace(small, start="other.pt")) is None
     own = dataclasses.replace(small, folder="clips")             # recorded people: only the judge stays
     assert [distill.locate(name, own) is None for name in ("teacher", "syncnet", "judge")] == [True, True, False]
