@@ -27,7 +27,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from faces import FPS, RATE, SPLITS, Clip, draw, dub_pair, mouth_mask  # noqa: F401  Clip: for those who import this file
+from faces import ASIDE, FPS, RATE, SPLITS, Clip, draw, dub_pair, mouth_mask  # noqa: F401  Clip: for those who import this file
 
 HOP = 160               # samples between mel frames: 100 a second, 4 to a video frame
 MELS = 40               # mel bands, 60 Hz to 7.6 kHz
@@ -68,7 +68,7 @@ def log_mel(audio):
 
 # ------------------------------------------------------------------------------------------------------------ patches
 def patchify(video, p):
-    """(B, T, S, S, 3) -> (B, L, N, 2 P): per token of the lower half, the patch half a square above it, then its own."""
+    """(B, T, S, S, 3) -> (B, L, G, 2 P): per place of the lower half, the patch half a square above it, then its own."""
     B, T, H, W, _ = video.shape
     if T % 4 or H % (2 * p) or W % p:
         raise Fail(f"a video of {T} frames of {W}x{H} does not split into tokens of 4 frames x {p} x {p} pixels")
@@ -78,15 +78,30 @@ def patchify(video, p):
 
 def unpatchify(x, p):
     """Inverse of patchify."""
-    B, L, N, _ = x.shape
-    n = int((2 * N) ** .5)
+    B, L, G, _ = x.shape
+    n = int((2 * G) ** .5)
     x = x.reshape(B, L, n // 2, n, 2, 4, p, p, 3)                                 # B L row column half f p p c
     return x.permute(0, 1, 5, 4, 2, 6, 3, 7, 8).reshape(B, 4 * L, n * p, n * p, 3)
 
 
+def columns(n):
+    """Which of n columns of patches the mouth mask touches. The others (2 of 8) are known altogether: no tokens are spent on them."""
+    return slice(int(ASIDE * n), n - int(ASIDE * n))
+
+
+def inner(x):
+    """(B, L, G, C) of all places, see patchify -> (B, L, N, C) of those that are tokens."""
+    n = int((2 * x.shape[2]) ** .5)
+    return x.unflatten(2, (n // 2, n))[:, :, :, columns(n)].flatten(2, 3)
+
+
 def picture(x, source, p):
-    """x (B, L, N, P), the lower half, and source (B, L, N, 2 P), whose upper half it belongs to -> video (B, T, S, S, 3)."""
-    return unpatchify(torch.cat([source[..., : 12 * p * p].to(x.dtype), x], -1), p)
+    """x (B, L, N, P), what was generated, and source (B, L, G, 2 P), which has the rest -> video (B, T, S, S, 3)."""
+    above, lower = source.to(x.dtype).split(12 * p * p, -1)
+    n = int((2 * source.shape[2]) ** .5)
+    lower, x, own = lower.unflatten(2, (n // 2, n)), x.unflatten(2, (n // 2, -1)), columns(n)
+    lower = torch.cat([lower[:, :, :, : own.start], x, lower[:, :, :, own.stop:]], 3).flatten(2, 3)
+    return unpatchify(torch.cat([above, lower], -1), p)
 
 
 def to_float(video):
@@ -160,15 +175,15 @@ class Bank:
 
 
 class Batch(NamedTuple):
-    source: torch.Tensor        # (B, L, N, 2 P) float in [-1, 1]: see patchify
+    source: torch.Tensor        # (B, L, G, 2 P) float in [-1, 1]: see patchify
     reference: torch.Tensor     # the same shape: chunks of other moments
     heard: torch.Tensor         # (B, back + 16 L + ahead, MELS): see hearing
     mel: torch.Tensor           # (B, 16 L, MELS), a part of it, for the reward
 
     @property
     def x0(self):
-        """(B, L, N, P): the lower half, what is to be generated."""
-        return self.source[..., self.source.shape[-1] // 2:]
+        """(B, L, N, P): what is to be generated."""
+        return inner(self.source[..., self.source.shape[-1] // 2:])
 
 
 class Samples:

@@ -57,7 +57,7 @@ class Config(nn_model.Config):
     t_shift: float = 5.             # training times are uniform, then shifted
     weight_clip: float = 2.         # loss in velocity space: 1 / t^2, at most this
     edges: float = 2.               # weight of differences of neighbouring pixels: rises in the second half (--start, after coarse_steps, init: throughout)
-    view: float = .05               # weight of how differently the expert sees guess and truth: rises in the second half (--start: the first; paper: 0)
+    view: float = .05               # weight of how differently the expert sees guess and truth: rises in the third quarter (--start: the first; paper: 0)
     audio_drop: float = .12         # clips told nothing, for guidance
     still: float = .2               # reference chunks that are one frame held still
     teacher_ema: float = .998
@@ -112,7 +112,7 @@ OWN = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_ba
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1400, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
-    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, coarse_steps=5000, teacher_steps=4000, t_shift=3.5,
+    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, coarse_steps=5000, teacher_steps=5000, t_shift=3.5,
                   weight_clip=4., teacher_ema=.999, init_steps=400),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
@@ -159,7 +159,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device, name="teacher", st
                 late = min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start)))     # the coarse first, which --start brings with it
                 loss, x0_hat = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, (1 if start else late) * cfg.edges)
                 if late * cfg.view:
-                    loss = loss + late * cfg.view * seen_differently(reward, x0_hat, batch)
+                    loss = loss + min(1, 2 * late) * cfg.view * seen_differently(reward, x0_hat, batch)
             (loss / cfg.accumulate).backward()
         pace = rate(step, cfg.teacher_steps)
         norm = optimizer_step(model, {muon: pace * cfg.muon_lr, adam: pace * cfg.teacher_lr})

@@ -48,6 +48,7 @@ PHONES = {
     " ": (500, 1500, 2500, .00,     0, 0.00, .300, .00, .50, .05, .00, .00, 1.5),
 }
 VOWELS, CONSONANTS = "aeiou@", "mbpfvszStdnlkgwr"
+ASIDE = .15             # the mouth mask leaves out this share of the picture at either side
 ZOOM, LIFT = 1.2, .15   # the camera is this near and looks this far down (in halves of the picture): the mouth gets the pixels
 
 
@@ -153,7 +154,7 @@ def mouth_mask(size):
     sound decides is drawn inside it only."""
     axis = (torch.arange(size) + .5) / size
     ramp = lambda a, lo, hi: ((a - lo) * 24).clamp(0, 1) * ((hi - a) * 24).clamp(0, 1)                # noqa: E731
-    return ramp(axis, .53, .99)[:, None] * ramp(axis, .15, .85)[None, :]
+    return ramp(axis, .53, .99)[:, None] * ramp(axis, ASIDE, 1 - ASIDE)[None, :]
 
 
 def coverage(distance, k):

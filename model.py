@@ -6,12 +6,13 @@ A token covers 4 frames x p x p pixels, P = 12 p p values; L = T/4 latent frames
 VAE (4 x 8 x 8) and 1 x 2 x 2 patches; here the network sees the pixels and predicts the clean video x0 (arXiv 2511.13720
 shows that to work).
 
-The mouth mask lies in the lower half of the square, so only the lower half is cut into tokens, noised and denoised: x is
-(B, L, N, P). A token's input is three things side by side: its noisy patch; the source there, the mouth hidden, and half a square above
-it (for the pose); a reference, the same person at another moment, in both places. The output is composited with the source
-outside the mask, where the answer is known.
+The mouth mask lies in the lower half of the square, so only that is cut into tokens, noised and denoised, less the columns of
+patches that the mask does not touch (`data.inner`): x is (B, L, N, P). A token's input is three things side by side: its noisy
+patch; the source there, the mouth hidden, and half a square above it (for the pose); a reference, the same person at another
+moment, in both places. The output is composited with the source outside the mask, where the answer is known.
 """
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from data import MELS, Fail, patchify
+from data import MELS, Fail, columns, inner, patchify
 from runtime import fast_dtype, half, load, ranks, restore, save
 
 SEEN, HEARD = 128, 128          # values that a patch of the conditions, and a video frame's sound, are reduced to
@@ -48,9 +49,15 @@ SIZES = {
 }
 
 
+def grid(cfg):
+    """Rows and columns of the tokens of a latent frame: the patches of the square's lower half, less the columns that the mask does not touch."""
+    n = cfg.size // cfg.patch
+    return n // 2, len(range(n)[columns(n)])
+
+
 def tokens(cfg):
-    """N, tokens to a latent frame: the patches of the square's lower half."""
-    return (cfg.size // cfg.patch) ** 2 // 2
+    """N, tokens to a latent frame."""
+    return math.prod(grid(cfg))
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -63,11 +70,11 @@ def visible(c, cfg):
 
 def rope_table(cfg, latents=MAX_LATENTS):
     """(latents, N, 2, head) cosines and sines as `rotate` takes them; half of a head turns with the latent frame, a quarter each with row and column."""
-    n, head = cfg.size // cfg.patch, cfg.width // cfg.heads
+    (rows, across), head = grid(cfg), cfg.width // cfg.heads
     turns = lambda positions, pairs: positions[:, None] * 100. ** -(torch.arange(pairs) / pairs)      # noqa: E731
-    time, space = turns(torch.arange(float(latents)), head // 4), turns(torch.arange(float(n)), head // 8)
-    shape = latents, n // 2, n, -1
-    angle = torch.cat([time[:, None, None].expand(shape), space[: n // 2, None].expand(shape), space.expand(shape)], -1).flatten(1, 2)
+    time, (down, right) = turns(torch.arange(float(latents)), head // 4), (turns(torch.arange(float(n)), head // 8) for n in (rows, across))
+    shape = latents, rows, across, -1
+    angle = torch.cat([time[:, None, None].expand(shape), down[:, None].expand(shape), right.expand(shape)], -1).flatten(1, 2)
     return torch.stack([torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)], 2)
 
 
@@ -134,9 +141,7 @@ class Cache:
             k_c = torch.cat([self.kv[i, 0, :, :, :past * N].to(k.dtype), k_c], 2)
             v_c = torch.cat([self.kv[i, 1, :, :, :past * N].to(v.dtype), v_c], 2)
             table = self.table(rope, k_c.shape[2] // N, c)
-            if store == "finished" and c == 0 and i == self.cfg.depth - 1:
-                outputs.append(q_c)              # anything will do, since nobody reads a finished chunk's output
-            else:
+            if store != "finished" or c or i < self.cfg.depth - 1:       # nobody reads what the last block makes of a finished chunk
                 outputs.append(dense(rotate(q_c, table[-(q_c.shape[2] // N):]), rotate(k_c, table), v_c))
             if store and c == 0:
                 past = 0
@@ -144,7 +149,7 @@ class Cache:
                     self.kv[i, 0, :, :, past * N:(past + b - a) * N] = k_c[:, :, a * N:b * N].detach()
                     self.kv[i, 1, :, :, past * N:(past + b - a) * N] = v_c[:, :, a * N:b * N].detach()
                     past += b - a
-        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs or [q[:, :, :0]], 2)
 
     def table(self, rope, n, c):
         """RoPE of the n latent frames that this pass's c-th chunk attends to: their places in the window."""
@@ -187,7 +192,8 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.tensor([0., 0., .5, 0., 0., .5])[:, None].repeat(1, D))
 
     def forward(self, x, mod, audio, attend):
-        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each (B, h, L N, d) -> the same."""
+        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each (B, h, L N, d) -> the same, or its end alone, if no
+        more is asked of the last block -> x, or its end."""
         B, L, N, D = x.shape
         h = self.cfg.heads
         shift, scale, gate, shift2, scale2, gate2 = (mod + self.modulation)[:, :, None].unbind(3)  # each B L 1 D
@@ -196,7 +202,9 @@ class Block(nn.Module):
         q, k, v = self.qkv(y).view(B, L * N, 3, h, D // h).permute(2, 0, 3, 1, 4)                  # each B h LN d
         norm = lambda z, g: F.layer_norm(z, (D // h,), g.to(z.dtype)).to(z.dtype)    # noqa: E731  QK-norm as in ViT-22B, arXiv 2302.05442 (float32 in CUDA's autocast)
         y = attend(norm(q, self.q_scale), norm(k, self.k_scale), v)
-        x = torch.addcmul(x, gate, self.out(y.transpose(1, 2).reshape(B, L, N, D)))
+        if before := L - y.shape[2] // N:
+            x, gate, shift2, scale2, gate2 = x[:, before:], *(z[:, before:] if z.shape[1] > 1 else z for z in (gate, shift2, scale2, gate2))
+        x = torch.addcmul(x, gate, self.out(y.transpose(1, 2).reshape(x.shape)))
         y = torch.addcmul(shift2, F.layer_norm(x, (D,)), scale2)
         return torch.addcmul(x, gate2, self.down(F.silu(self.up(y))))
 
@@ -254,7 +262,7 @@ class DiT(nn.Module):
         if cfg.size % (2 * p) or p % 4 or D % cfg.heads or (D // cfg.heads) % 8 or cfg.window < cfg.chunk or cfg.audio_back + cfg.audio_ahead < 4:
             raise Fail(f"model: size {cfg.size} must be a multiple of twice patch {p}, patch of 4, width {D} of 8 x heads {cfg.heads}; window at least chunk; "
                        "audio_back + audio_ahead at least 4")
-        self.cfg, self.n, self.m = cfg, cfg.size // p, p // 4
+        self.cfg, self.grid, self.m = cfg, grid(cfg), p // 4
         self.times, self.cache_from, self.stage = None, "clean", ""      # a student's, see distill.Config.times and cache; what made it
         # Conditions go through a bottleneck that all of their patches share: two thirds of the input layers' parameters saved.
         self.from_noisy, self.see = nn.Linear(12 * p * p, D), nn.Linear(12 * p * p, SEEN)
@@ -269,15 +277,15 @@ class DiT(nn.Module):
         # Each token writes a square of 1.5 p and neighbours overlap, so that no seam shows (F.fold, folded into OverlapAdd).
         self.head = nn.Linear(D, 12 * (p + 2 * self.m) ** 2)
         mask = data.mouth_mask(cfg.size)[None, None, :, :, None].expand(1, 4, -1, -1, 3)
-        for name, value in dict(rope=rope_table(cfg), mask=patchify(mask, p)[0, 0, :, 12 * p * p:]).items():
+        for name, value in dict(rope=rope_table(cfg), mask=inner(patchify(mask, p))[0, 0, :, 12 * p * p:]).items():
             self.register_buffer(name, value, persistent=False)
         self.apply(lambda m: nn.init.zeros_(m.bias) if isinstance(m, (nn.Linear, nn.Conv1d)) else None)
         nn.init.zeros_(self.time[-1].weight)
         nn.init.normal_(self.head.weight, std=.2 / D ** .5)
 
     def embed_cond(self, source, reference):
-        """source, reference (B, L, N, 2 P) in [-1, 1], see patchify; what the source shows under the mask is not read."""
-        P, dtype = self.mask.shape[1], self.dtype(source)
+        """source, reference (B, L, G, 2 P) in [-1, 1], see patchify; what the source shows under the mask is not read."""
+        P, dtype, source, reference = self.mask.shape[1], self.dtype(source), inner(source), inner(reference)
         known = source[..., P:] * (1 - self.mask).to(source.dtype)
         see = lambda above, own: torch.cat([self.see(above.to(dtype)), self.see(own.to(dtype))], -1)         # noqa: E731
         source, reference = see(source[..., :P], known), see(reference[..., :P], reference[..., P:])
@@ -322,10 +330,8 @@ class DiT(nn.Module):
             else:
                 attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
-        k = self.cfg.chunk
-        if store == "finished":
-            x, mod, cond = x[:, k:], mod[:, -k:], Cond(*(c[:, k:] for c in cond))
-        x0 = self.to_pixels(x, mod[..., 6:, :], cond.known) if x.shape[1] else None
+        left = x.shape[1]                        # latent frames whose x0 is wanted
+        x0 = self.to_pixels(x, mod[:, -left:, 6:], cond.known[:, -left:]) if left else None
         if store:
             cache.advance()
         return x0
@@ -335,7 +341,7 @@ class DiT(nn.Module):
         B, L, N, D = x.shape
         shift, scale = mod[:, :, None].unbind(3)
         x = self.head(torch.addcmul(shift, F.layer_norm(x, (D,)), scale))
-        x = OverlapAdd.apply(x.view(B * L, self.n // 2, self.n, -1), self.cfg.patch, self.m)
+        x = OverlapAdd.apply(x.view(B * L, *self.grid, -1), self.cfg.patch, self.m)
         return known + self.mask.to(x.dtype) * x.view(B, L, N, -1)
 
 
@@ -349,7 +355,7 @@ class DenoisingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, edges, model):
         """x, y (B, L, N, P); weight (B, L or 1) -> a number."""
-        (B, L, _, _), p, n, area = x.shape, model.cfg.patch, model.n, model.mask.mean()
+        (B, L, _, _), p, (rows, across), area = x.shape, model.cfg.patch, model.grid, model.mask.mean()
         root = weight[..., None, None].sqrt().to(fast_dtype(x.device))
         e = (x - y).to(root.dtype) * root
         gradient = e * model.mask.to(e.dtype)
@@ -357,7 +363,7 @@ class DenoisingLoss(torch.autograd.Function):
         loss = total(gradient * e) / (e.numel() * area)
         gradient *= 2 / (e.numel() * area)
         if edges:
-            v = e.reshape(B, L, n // 2, n, 4, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, 4 * L, n // 2 * p, n * p * 3)
+            v = e.reshape(B, L, rows, across, 4, p, p, 3).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, 4 * L, rows * p, across * p * 3)
             pull = torch.zeros_like(v)                           # each difference pulls at both of its ends
             whole, but_first, but_last = slice(None), slice(1, None), slice(None, -1)
             for later, sooner in (((whole, but_first), (whole, but_last)), ((whole, whole, but_first), (whole, whole, but_last)),
@@ -368,7 +374,7 @@ class DenoisingLoss(torch.autograd.Function):
                 d *= 2 * share
                 pull[later] += d
                 pull[sooner] -= d
-            gradient += pull.view(B, L, 4, n // 2, p, n, p, 3).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
+            gradient += pull.view(B, L, 4, rows, p, across, p, 3).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
         ctx.save_for_backward(gradient, root)
         ctx.dtype = x.dtype
         return loss

@@ -101,6 +101,19 @@ def test_patches_round_trip():
     assert torch.equal(x[0, 0, 0, 3072:].view(4, 16, 16, 3), video[0, :4, 32:48, :16])
 
 
+@pytest.mark.parametrize("size, patch, count", [(32, 8, 8), (64, 16, 8), (64, 8, 24), (128, 16, 24), (96, 8, 60)])
+def test_tokens_are_where_the_mask_is(size, patch, count):
+    """No column of patches that the mask touches is left out, and none that it does not touch is a token. The picture is put together again."""
+    video, p = torch.randint(256, (1, 4, size, size, 3), dtype=torch.uint8), 12 * patch * patch
+    x, n = data.patchify(video, patch), size // patch
+    own = data.inner(x)[..., p:]
+    assert own.shape[2] == nn_model.tokens(nn_model.Config(size=size, patch=patch)) == count
+    touched = data.mouth_mask(size).view(size, n, patch).amax((0, 2)) > 0
+    assert touched.tolist() == [i in range(n)[data.columns(n)] for i in range(n)]
+    assert torch.equal(data.picture(own, x, patch), video)
+    assert (data.picture(own + 1, x, patch) != video).any((0, 1, 2, 4)).view(n, patch).all(1).tolist() == touched.tolist()
+
+
 def test_overlap_add_is_fold():
     """Against torch's own fold: squares of 12 pixels on a grid of 8."""
     p, m, rows, columns = 8, 2, 2, 4
@@ -116,14 +129,16 @@ def test_overlap_add_is_fold():
     assert torch.autograd.gradcheck(lambda z: nn_model.OverlapAdd.apply(z, 4, 1), small)
 
 
+@pytest.mark.parametrize("size", [32, 64])              # without and with columns of patches that are no tokens
 @torch.no_grad()
-def test_outside_the_mask_the_source_is_kept(tiny):
-    video = torch.rand(1, 12, 32, 32, 3) * 2 - 1
+def test_outside_the_mask_the_source_is_kept(tiny, size):
+    net = tiny if size == tiny.cfg.size else nn_model.DiT(nn_model.Config(size=size, patch=8, width=32, depth=1, heads=1))
+    video = torch.rand(1, 12, size, size, 3) * 2 - 1
     patches = data.patchify(video, 8)
-    cond = tiny.embed_cond(patches, patches)
-    audio = tiny.embed_audio(data.hearing(torch.randn(1, 48, data.MELS), tiny.cfg))
-    out = data.picture(tiny(torch.randn_like(cond.known), .9, cond, audio), patches, 8)
-    outside = (data.mouth_mask(32) == 0)[None, None, :, :, None].expand_as(video)
+    cond = net.embed_cond(patches, patches)
+    audio = net.embed_audio(data.hearing(torch.randn(1, 48, data.MELS), net.cfg))
+    out = data.picture(net(torch.randn_like(cond.known), .9, cond, audio), patches, 8)
+    outside = (data.mouth_mask(size) == 0)[None, None, :, :, None].expand_as(video)
     assert torch.equal(out[outside], video[outside]) and not torch.allclose(out, video, atol=.05)
 
 
