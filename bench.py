@@ -85,10 +85,9 @@ def flops(cfg, latents, keys=None):
 
 def chunk_flops(cfg):
     """A streamed chunk: three passes, of the one that writes the cache no head and of its last block only keys, values and queries, and the conditions."""
-    keys = cfg.sink + cfg.window
+    N, D, keys = nn_model.tokens(cfg), cfg.width, cfg.sink + cfg.window
     one, _, head, conditions = flops(cfg, cfg.chunk, keys)
-    last = flops(dataclasses.replace(cfg, depth=1), cfg.chunk, keys)[0] - flops(dataclasses.replace(cfg, depth=0), cfg.chunk)[0]
-    return 3 * one - head - last + 2 * cfg.chunk * nn_model.tokens(cfg) * 3 * cfg.width ** 2 + conditions
+    return 3 * one - head - 2 * cfg.chunk * N * (9 * D * D + 2 * D * N * keys) + conditions
 
 
 def teacher_flops(cfg, latents):

@@ -78,10 +78,15 @@ def patchify(video, p):
 
 def unpatchify(x, p):
     """Inverse of patchify."""
-    B, L, G, _ = x.shape
-    n = int((2 * G) ** .5)
-    x = x.reshape(B, L, n // 2, n, 2, 4, p, p, 3)                                 # B L row column half f p p c
+    x = in_rows(x).unflatten(-1, (2, 4, p, p, 3))                                 # B L row column half f p p c
+    B, L, _, n = x.shape[:4]
     return x.permute(0, 1, 5, 4, 2, 6, 3, 7, 8).reshape(B, 4 * L, n * p, n * p, 3)
+
+
+def in_rows(x):
+    """(B, L, G, C) -> (B, L, n/2, n, C): rows and columns of patches."""
+    n = int((2 * x.shape[2]) ** .5)
+    return x.unflatten(2, (n // 2, n))
 
 
 def columns(n):
@@ -91,17 +96,16 @@ def columns(n):
 
 def inner(x):
     """(B, L, G, C) of all places, see patchify -> (B, L, N, C) of those that are tokens."""
-    n = int((2 * x.shape[2]) ** .5)
-    return x.unflatten(2, (n // 2, n))[:, :, :, columns(n)].flatten(2, 3)
+    x = in_rows(x)
+    return x[:, :, :, columns(x.shape[3])].flatten(2, 3)
 
 
 def picture(x, source, p):
     """x (B, L, N, P), what was generated, and source (B, L, G, 2 P), which has the rest -> video (B, T, S, S, 3)."""
-    above, lower = source.to(x.dtype).split(12 * p * p, -1)
-    n = int((2 * source.shape[2]) ** .5)
-    lower, x, own = lower.unflatten(2, (n // 2, n)), x.unflatten(2, (n // 2, -1)), columns(n)
-    lower = torch.cat([lower[:, :, :, : own.start], x, lower[:, :, :, own.stop:]], 3).flatten(2, 3)
-    return unpatchify(torch.cat([above, lower], -1), p)
+    above, lower = in_rows(source.to(x.dtype)).split(12 * p * p, -1)
+    tokens = columns(lower.shape[3])
+    lower = torch.cat([lower[:, :, :, : tokens.start], x.unflatten(2, (lower.shape[2], -1)), lower[:, :, :, tokens.stop:]], 3)
+    return unpatchify(torch.cat([above, lower], -1).flatten(2, 3), p)
 
 
 def to_float(video):

@@ -330,8 +330,8 @@ class DiT(nn.Module):
             else:
                 attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
-        left = x.shape[1]                        # latent frames whose x0 is wanted
-        x0 = self.to_pixels(x, mod[:, -left:, 6:], cond.known[:, -left:]) if left else None
+        wanted = x.shape[1]                      # latent frames whose x0 is asked for
+        x0 = self.to_pixels(x, mod[:, -wanted:, 6:], cond.known[:, -wanted:]) if wanted else None
         if store:
             cache.advance()
         return x0

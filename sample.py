@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data
 import runtime
 import syncnet
-from data import FPS, RATE, Fail, hearing, inner, patchify, picture, to_float, to_uint8
+from data import FPS, RATE, Fail, hearing, patchify, picture, to_float, to_uint8
 from model import Cache, Cond, load_dit
 from runtime import mixed
 
@@ -125,7 +125,7 @@ def dub_teacher(model, source, mel, steps=STEPS, guidance=1., latents=12, seed=0
     rng, L = torch.Generator().manual_seed(seed), source.shape[1] // 4
     p = model.cfg.patch
     reference, source = patchify(to_float(previous_chunk(source, model.cfg)), p), patchify(to_float(source), p)
-    out = torch.empty_like(inner(source[..., source.shape[-1] // 2:]))
+    out = torch.empty(*source.shape[:2], *model.mask.shape, device=source.device)
     with mixed(source.device):
         for a in range(0, L, latents):
             a = max(0, min(a, L - latents))

@@ -181,17 +181,23 @@ def test_a_teacher_starts_from_another(cfg, samples, tiny, expert, tmp_path, pat
 
 
 def test_edges_and_view_come_in_when_they_should(cfg, samples, tiny, expert, tmp_path, monkeypatch):
-    """From nothing both in the second half; from another teacher the edges at once and the view in the first half; from coarse steps the edges at once."""
+    """From nothing the edges rise in the second half and the view in the third quarter; from another teacher the edges are there at once and the view
+    rises in the first quarter; after coarse steps the edges are there at once."""
     nn_model.save_dit(str(tmp_path / "first.pt"), tiny, cfg, "teacher", 1)
-    watch, loss, view, weights = data.held_out(1, cfg.size, "watch", CPU, latents=6), distill.flow_loss, distill.seen_differently, []
-    monkeypatch.setattr(distill, "flow_loss", lambda *a: (weights.append([a[-1], False]), loss(*a))[1])
-    monkeypatch.setattr(distill, "seen_differently", lambda *a: (weights[-1].__setitem__(1, True), view(*a))[1])
+    watch, loss, edges, views = data.held_out(1, cfg.size, "watch", CPU, latents=6), distill.flow_loss, [], []
+
+    def view(reward, x0_hat, batch):
+        views[-1] = torch.zeros((), requires_grad=True)          # its gradient will be the weight that it was given
+        return views[-1]
+    monkeypatch.setattr(distill, "flow_loss", lambda *a: (edges.append(a[-1]), views.append(None), loss(*a))[2])
+    monkeypatch.setattr(distill, "seen_differently", view)
     first = str(tmp_path / "first.pt")
-    for given, coarse, expected in (("", "", [[0., False], [0., False], [1., True], [2., True]]), (first, "", [[2., True]] * 4),
-                                    ("", first, [[2., False], [2., False], [2., True], [2., True]])):
-        weights.clear()
-        distill.train_teacher(dataclasses.replace(cfg, out=str(tmp_path), start=given), samples, expert, expert, watch, CPU, start=coarse)
-        assert weights == expected
+    for given, coarse, edges_then, views_then in (("", "", [0, 0, 0, 0, .5, 1, 1.5, 2], [0, 0, 0, 0, .5, 1, 1, 1]), (first, "", [2] * 8, [.5] + [1] * 7),
+                                                  ("", first, [2] * 8, [0, 0, 0, 0, .5, 1, 1, 1])):
+        edges.clear(), views.clear()
+        distill.train_teacher(dataclasses.replace(cfg, out=str(tmp_path), start=given, teacher_steps=8), samples, expert, expert, watch, CPU, start=coarse)
+        assert edges == edges_then
+        assert [0 if v is None else v.grad.item() / cfg.view for v in views] == pytest.approx(views_then)
 
 
 def test_samples_are_cut_anew(cfg):
@@ -203,7 +209,7 @@ def test_samples_are_cut_anew(cfg):
 
 
 def test_base_takes_its_steps(expert, tmp_path):
-    """The config for a GPU, at a small batch: 128 pixels, 32 tokens a latent frame."""
+    """The config for a GPU, at a small batch: 128 pixels, 24 tokens a latent frame."""
     cfg = distill.Config(**dict(distill.PRESETS["base"], config="base", out=str(tmp_path), clips=2, clip_latents=18, teacher_steps=2, teacher_batch=2))
     samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, CPU, runtime.fast_dtype(CPU))
     watch = data.held_out(1, cfg.size, "watch", CPU, latents=12)
