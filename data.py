@@ -1,4 +1,4 @@
-"""Pictures and sound: the mouth mask, log-mel, patches, training samples, reading and writing real video.
+"""Pictures and sound: log-mel, patches, training samples, reading and writing real video.
 
     python data.py                          # out/data/clips.mp4 with its sound, and out/data/sheet.png: drawn people
     python data.py --size 128 --clips 6     # larger and more
@@ -68,7 +68,7 @@ def log_mel(audio):
 
 # ------------------------------------------------------------------------------------------------------------ patches
 def patchify(video, p):
-    """(B, T, S, S, 3) -> (B, L, G, 2 P): per place of the lower half, the patch half a square above it, then its own."""
+    """(B, T, S, S, 3) -> (B, L, G, 2 P): for each patch of the lower half, the one half a square above it, then itself."""
     B, T, H, W, _ = video.shape
     if T % 4 or H % (2 * p) or W % p:
         raise Fail(f"a video of {T} frames of {W}x{H} does not split into tokens of 4 frames x {p} x {p} pixels")
@@ -146,13 +146,24 @@ def held_out(n, size, split, device, latents=24):
     return Pairs.of([dub_pair(i, 4 * latents, size, split) for i in range(n)], device)
 
 
+def mp4s(folder):
+    """The mp4 files of a folder, in order. Fail: none."""
+    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() == ".mp4")
+    if not found:
+        raise Fail(f"{folder}: no mp4 there; name a folder that holds some, or drop --folder")
+    return found
+
+
 class Bank:
     """Clips to train on, in memory: video (n, T, S, S, 3) uint8, mel (n, 4 T, MELS) float32, mouth (n, T, 2): see Clip; NaN where
     nobody drew it."""
 
     def __init__(self, size, frames, n, split="train", folder=""):
         """`n` drawn clips of `frames` frames, or (folder) up to n consecutive ones from real mp4s with sound, their centred square."""
-        self.video = torch.empty(n, frames, size, size, 3, dtype=torch.uint8)
+        try:
+            self.video = torch.empty(n, frames, size, size, 3, dtype=torch.uint8)
+        except RuntimeError:
+            raise Fail(f"{n} clips need {n * frames * size * size * 3 / 1e9:.0f} GB of memory; --clips for fewer") from None
         self.mel, self.mouth = torch.empty(n, 4 * frames, MELS), torch.full((n, frames, 2), torch.nan)
         if not folder:
             for i in range(n):
@@ -160,19 +171,21 @@ class Bank:
                 self.video[i], self.mel[i], self.mouth[i] = clip.video, log_mel(clip.audio), torch.from_numpy(clip.mouth)
             return
         found, samples = 0, frames * RATE // FPS
-        for path in sorted(Path(folder).glob("*.mp4")):
+        for path in mp4s(folder):
             if found == n:
                 break
             try:
-                audio, video = Sound(path), read_video(path)
+                audio, video, before = Sound(path), read_video(path), found
                 for first in range(0, len(audio) - samples + 1, samples):
                     taken = [square(frame, size) for frame in itertools.islice(video, frames)]
                     if found == n or len(taken) < frames:
                         break
                     self.video[found], self.mel[found] = torch.stack(taken), log_mel(audio[first:first + samples])
                     found += 1
+                if found == before:
+                    print(f"left out: {path}: shorter than {frames / FPS:.1f} s")
             except Fail as e:
-                print(f"left out: {e}")
+                print(f"left out, or the rest of it: {e}")
         if not found:
             raise Fail(f"{folder}: no mp4 with {frames / FPS:.1f} s of picture and sound; put some there or drop --folder")
         self.video, self.mel, self.mouth = self.video[:found], self.mel[:found], self.mouth[:found]
@@ -229,7 +242,7 @@ class Samples:
         source, reference = self.patches[clip[:, None], at], self.patches[clip[:, None], where]
         # Some reference chunks are one frame held still, as at the start of a stream.
         for b, c in still.nonzero().tolist():
-            chunk = reference[b, c * k:(c + 1) * k].unflatten(-1, (2, 4, -1))                         # k N half f 3pp
+            chunk = reference[b, c * k:(c + 1) * k].unflatten(-1, (2, 4, -1))                         # k G half f 3pp
             chunk[:] = chunk[:1, :, :, :1].clone()
         source, reference = (x.to(self.device).to(self.dtype).sub_(127.5).div_(127.5) for x in (source, reference))
         heard = torch.stack([self.heard[c, 16 * s:16 * (s + L) + cfg.audio_back + cfg.audio_ahead] for c, s in zip(clip, first)])
@@ -382,7 +395,7 @@ class write_video:
         try:
             self.writer.send(np.ascontiguousarray(frame))
         except OSError as e:
-            raise Fail(f"{self.path}: ffmpeg stopped writing ({ffmpeg_lines(str(e).encode())})") from None
+            raise Fail(f"{self.path}: ffmpeg stopped writing ({str(e).splitlines()[0]}); what it says itself stands above") from None
 
     def __exit__(self, kind, *_):
         self.writer.close()
@@ -447,7 +460,7 @@ def run(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; --accumulate 2 trains each batch in two parts, --clips keeps fewer of them in memory", file=sys.stderr)
+        print("error: the GPU's memory is full; in training, --accumulate 2 runs each batch in two parts and --clips keeps fewer people there", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

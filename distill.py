@@ -127,7 +127,7 @@ def flow_loss(model, x0, cond, audio, t, weight_clip, edges=0.):
 
 
 def seen_differently(reward, x0_hat, batch):
-    """syncnet.view_loss of the guess against the truth, in the first half of the clips: that costs a seventh of a step."""
+    """syncnet.view_loss of the guess against the truth, in the first half of the clips: that costs a tenth of a step."""
     half, p = slice(-(-len(x0_hat) // 2)), math.isqrt(x0_hat.shape[-1] // 12)
     return syncnet.view_loss(reward, *(data.picture(x[half], batch.source[half], p) for x in (x0_hat, batch.x0)))
 
@@ -156,7 +156,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device, name="teacher", st
             drop = mine(torch.rand(n, generator=rng) < cfg.audio_drop).to(device)
             with mixed(device):
                 cond, audio = model.embed_cond(batch.source, batch.reference), model.embed_audio(batch.heard, drop)
-                late = min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start)))     # the coarse first, which --start brings with it
+                late = min(1, max(0, 2 * step / cfg.teacher_steps - (not cfg.start)))     # 0 to 1 over the second half (--start: the first)
                 loss, x0_hat = flow_loss(model, batch.x0, cond, audio, t, cfg.weight_clip, (1 if start else late) * cfg.edges)
                 if late * cfg.view:
                     loss = loss + min(1, 2 * late) * cfg.view * seen_differently(reward, x0_hat, batch)
@@ -226,7 +226,7 @@ def rollout(model, fast, cond, audio, call, times, device):
         outputs.append(x0)
         kept, t = x0.detach(), 0.
         if fast.cache_from == "last":
-            kept, t = x if call == len(times) - 1 else add_noise(kept, noise_like(x0), times[-1]), times[-1]
+            kept, t = (x if call == len(times) - 1 else add_noise(kept, noise_like(x0), times[-1])), times[-1]
         with torch.no_grad():
             fast(kept, t, *still, cache=cache, store="finished")
     return torch.cat(outputs, 1)
@@ -256,8 +256,8 @@ def dmd_gradient(fake, real, X):
 
 
 def sharpen(g, edges, model):
-    """g (B, L, N, P) and, times `edges`, what its differences between neighbouring pixels and frames pull at: DenoisingLoss's gradient at g. The fixed point
-    stays where it was, at g = 0, but lips and teeth, which are small, are reached sooner."""
+    """g (B, L, N, P) and, times `edges`, what its differences between neighbouring pixels and frames pull at, in the mask: DenoisingLoss's gradient at g. The
+    fixed point stays where it was, at g = 0, but lips and teeth, which are small, are reached sooner."""
     with torch.enable_grad():
         g = g.detach().requires_grad_()
         loss = DenoisingLoss.apply(g, torch.zeros_like(g), g.new_ones(len(g), 1), edges, model)
@@ -398,6 +398,8 @@ def set_up(cfg):
         raise Fail(f"--clip_latents {cfg.clip_latents}: at least {cfg.latents + 2 * cfg.chunk - 1}, for a reference outside --latents {cfg.latents}")
     cfg.out, cfg.teacher = cfg.out or f"out/{cfg.config}", cfg.teacher and str(Path(cfg.teacher))
     data.free_space(cfg.out, 500 << 20)
+    if cfg.folder:
+        data.mp4s(cfg.folder)                                    # Fail now
     runtime.keep_memory()
     runtime.join_others(cfg.device)
     with torch.device("meta"):

@@ -221,7 +221,7 @@ def draw(seed, frames, size, text=None, voice=None, detail=None, speed=1.):
     skin = colour(p["skin"]) * shade[None]
     paint(alpha, skin)
     if p["beard"]:
-        edge = .5 + (yj - p["beard_y"] - .9 * (x.abs() - .45).clamp(max=0) * -1 + .02 * texture) * 9
+        edge = .5 + (yj - p["beard_y"] + .9 * (x.abs() - .45).clamp(max=0) + .02 * texture) * 9
         paint(alpha * (edge.clamp(0, 1) * p["beard"] * (1 + .12 * texture)).clamp(0, 1), colour(p["hair"] * .8) * shade[None])
     fringe = coverage(y - p["hairline"] - .10 * torch.sin(2.2 * u + p["light"][0] * 20) - .03 * texture, k / 2)
     paint(alpha * fringe, colour(p["hair"]) * (1 + .08 * texture)[None])

@@ -20,8 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import runtime
 from data import MELS, Fail, columns, inner, patchify
-from runtime import fast_dtype, half, load, ranks, restore, save
+from runtime import half, load, ranks, restore, save
 
 SEEN, HEARD = 128, 128          # values that a patch of the conditions, and a video frame's sound, are reduced to
 MAX_LATENTS = 256               # RoPE table; streaming uses the first window + sink of it, however long the video
@@ -192,8 +193,8 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.tensor([0., 0., .5, 0., 0., .5])[:, None].repeat(1, D))
 
     def forward(self, x, mod, audio, attend):
-        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each (B, h, L N, d) -> the same, or its end alone, if no
-        more is asked of the last block -> x, or its end."""
+        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each (B, h, L N, d) -> the same for all latent
+        frames, or for the last ones alone if no others are wanted; x is then cut to match -> x."""
         B, L, N, D = x.shape
         h = self.cfg.heads
         shift, scale, gate, shift2, scale2, gate2 = (mod + self.modulation)[:, :, None].unbind(3)  # each B L 1 D
@@ -232,7 +233,7 @@ class OverlapAdd(torch.autograd.Function):
         ctx.p, ctx.m = p, m
         out = x[..., : 12 * p * p].clone().unflatten(-1, (4, p, p, 3))
         for there, here, shape in OverlapAdd.strips(p, m):
-            out[there] += x[here].unflatten(-1, shape)
+            out[there].add_(x[here].unflatten(-1, shape))        # += would also write the sum back, to where it is already
         return out
 
     @staticmethod
@@ -284,7 +285,7 @@ class DiT(nn.Module):
         nn.init.normal_(self.head.weight, std=.2 / D ** .5)
 
     def embed_cond(self, source, reference):
-        """source, reference (B, L, G, 2 P) in [-1, 1], see patchify; what the source shows under the mask is not read."""
+        """source, reference (B, L, G, 2 P) in [-1, 1], see patchify; what the source shows under the mask is not read (in its soft rim: as much as shows)."""
         P, dtype, source, reference = self.mask.shape[1], self.dtype(source), inner(source), inner(reference)
         known = source[..., P:] * (1 - self.mask).to(source.dtype)
         see = lambda above, own: torch.cat([self.see(above.to(dtype)), self.see(own.to(dtype))], -1)         # noqa: E731
@@ -315,9 +316,9 @@ class DiT(nn.Module):
     def forward(self, x_t, t, cond, audio, causal=False, cache=None, store=""):
         """x_t (B, L, N, P): noisy patches; t (B, L), (B, 1) or a float in 0..1: their noise level, or its `modulation` -> x0 (B, L, N, P).
 
-        Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk. What is stored there: nothing; with store
-        "finished" the first chunk of x_t, which is done (at inference clean, t = 0), and only the x0 of the one after it is returned, if it came along (else
-        None); with "passing" the chunk that is being denoised, as it came in."""
+        Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk. `store` says what the cache is to keep: "", nothing;
+        "finished": x_t begins with a finished chunk (at inference clean, t = 0), which is kept, and only the x0 of the chunk behind it is returned, or None
+        if there is none; "passing": the chunk that is being denoised, as it came in."""
         B, L, N, _ = x_t.shape
         if L > MAX_LATENTS and not causal:
             raise Fail(f"{L} latent frames at once, at most {MAX_LATENTS}; stream it, or cut it into windows")
@@ -349,14 +350,14 @@ class DiT(nn.Module):
 class DenoisingLoss(torch.autograd.Function):
     """Mean of weight (x - y)^2 over the masked pixels and, times `edges`, of the same for the differences between neighbouring pixels, in x, in y and in
     time: quadratic in x - y, so that the best guess is E[x0 | x_t] still, but lips, teeth and what moves count for more than large smooth areas,
-    and steps between tokens are seen. Outside the mask x = y. In bf16, where that is fast, and with its gradient made on the way, since autograd needs
-    35 ms for it, a seventh of a step, and this takes 20."""
+    and steps between tokens are seen. Outside the mask x = y. In bf16, where that is fast, and with its gradient made on the way: 20 ms where autograd
+    needs 35."""
 
     @staticmethod
     def forward(ctx, x, y, weight, edges, model):
         """x, y (B, L, N, P); weight (B, L or 1) -> a number."""
         (B, L, _, _), p, (rows, across), area = x.shape, model.cfg.patch, model.grid, model.mask.mean()
-        root = weight[..., None, None].sqrt().to(fast_dtype(x.device))
+        root = weight[..., None, None].sqrt().to(runtime.fast_dtype(x.device))
         e = (x - y).to(root.dtype) * root
         gradient = e * model.mask.to(e.dtype)
         total = lambda z: z.sum(-1).sum(dtype=torch.float32)     # noqa: E731  over rows in bf16: three times as fast, 1e-4 off
@@ -372,8 +373,8 @@ class DenoisingLoss(torch.autograd.Function):
                 share = edges / (d.numel() * area)
                 loss += share * total(d * d)
                 d *= 2 * share
-                pull[later] += d
-                pull[sooner] -= d
+                pull[later].add_(d)
+                pull[sooner].sub_(d)
             gradient += pull.view(B, L, 4, rows, p, across, p, 3).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
         ctx.save_for_backward(gradient, root)
         ctx.dtype = x.dtype
@@ -387,7 +388,7 @@ class DenoisingLoss(torch.autograd.Function):
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 def load_dit(path, device="cpu", dtype=torch.float32):
-    """-> DiT in evaluation mode, from a teacher or student checkpoint. With fast_dtype its weights are cast once, not once a pass."""
+    """-> DiT in evaluation mode, from a teacher or student checkpoint. With runtime.fast_dtype its weights are cast once, not once a pass."""
     state = load(path, "dit")
     model = restore(path, lambda: DiT(Config(**state["model_config"])), state["model"])
     model.stage = state.get("stage", "")

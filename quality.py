@@ -382,7 +382,7 @@ VARIANTS = {
 
 
 def ablate(cfg):
-    """The distillation again with one thing changed at a time: init (once for each grid of times), dmd, and the judge."""
+    """The distillation again with one thing changed at a time: init (once for all that share its settings), dmd, and the judge."""
     device, home = start(cfg), Path(cfg.out) / "ablate"
     words = [word.strip() for word in cfg.only.split(",")]
     if strange := [word for word in words if not any(word in name for name in VARIANTS)]:

@@ -72,7 +72,7 @@ def part_of(batch, cfg):
 
 # ------------------------------------------------------------------------------------------------------------ optimizers
 def muon_and_adam(net, cfg):
-    """Muon (Jordan 2024: momentum, made orthogonal) for the matrices of the blocks, where it learns in half the time; AdamW for the rest."""
+    """Muon (Jordan 2024: momentum, made orthogonal) for the matrices of the blocks, where it learns in little over half the time; AdamW for the rest."""
     matrices = [p for block in net.blocks for name, p in block.named_parameters() if p.ndim == 2 and name != "modulation"]
     others = [p for p in net.parameters() if not any(p is m for m in matrices)]
     return (torch.optim.Muon(matrices, cfg.muon_lr, weight_decay=.01), torch.optim.AdamW(others, cfg.teacher_lr, betas=(.9, .98), weight_decay=.01, fused=True))

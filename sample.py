@@ -275,10 +275,10 @@ def play(path, total):
 def paste(frame, dub, box, mask):
     """Put dub (S, S, 3) uint8 into frame (H, W, 3) uint8 at box, through the mask (side, side, 1). The rest stays as it was."""
     x, y, side = box
-    up = F.interpolate(dub.permute(2, 0, 1)[None].float(), size=(side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+    up = F.interpolate(dub.permute(2, 0, 1)[None].float(), size=(side, side), mode="bicubic", align_corners=False, antialias=side < len(dub))
     frame = frame.clone()
     cut = frame[y:y + side, x:x + side].float()
-    frame[y:y + side, x:x + side] = torch.lerp(cut, up, mask).round().clamp(0, 255).to(torch.uint8)
+    frame[y:y + side, x:x + side] = torch.lerp(cut, up[0].permute(1, 2, 0), mask).round().clamp(0, 255).to(torch.uint8)
     return frame
 
 

@@ -61,10 +61,14 @@ class SyncNet(nn.Module):
         seen = self.see(video)
         return seen, unit(self.span(seen.transpose(1, 2))), .1 * self.mouth(seen).float()
 
+    def listen(self, mel):
+        """mel (B, 4 T, MELS) -> what it hears with every five frames (B, T - 4, embed), of unit length."""
+        return unit(self.sound_out(self.sound(mel.transpose(1, 2))))
+
     def forward(self, video, mel):
         """video (B, T, S, S, 3) in [-1, 1], mel (B, 4 T, MELS) -> two (B, T - 4, embed), of unit length, and the mouth (B, T, 2), as above."""
         _, v, mouth = self.watch(video)
-        return v, unit(self.sound_out(self.sound(mel.transpose(1, 2)))), mouth
+        return v, self.listen(mel), mouth
 
 
 def unit(x):
@@ -114,9 +118,10 @@ def score(net, video, mel):
     """net's Sync-C, Sync-D, offset, each (B,). video (B, T, S, S, 3) in [-1, 1] or uint8; mel (B, 4 T, MELS). Fail: under 12 frames."""
     if video.shape[1] < 12:
         raise Fail(f"{video.shape[1]} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
-    video = data.to_float(video) if video.dtype == torch.uint8 else video
-    with runtime.mixed(video.device):
-        return sync(*net(video, mel)[:2])
+    level = lambda part: data.to_float(part) if part.dtype == torch.uint8 else part      # noqa: E731
+    with runtime.mixed(video.device):                            # 40 s at a time: an hour would not fit into memory
+        v = torch.cat([net.watch(level(video[:, a:a + 1000 + SPAN - 1]))[1] for a in range(0, video.shape[1] - SPAN + 1, 1000)], 1)
+        return sync(v, net.listen(mel))
 
 
 def landmark_error(dub, pairs, judge):
@@ -137,6 +142,8 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     net = SyncNet(cfg).to(device)
+    if not bank.mouth.isfinite().any():                      # recorded people, whose mouth nobody measured: let view_loss see none either
+        nn.init.zeros_(net.mouth.weight)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=.1)
     T, start = min(48, bank.video.shape[1]), time.time()
@@ -151,7 +158,7 @@ def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None)
             v, a, mouth = net(video, mel)
         loss, accuracy = nce(v, a, net.log_scale.exp().clamp(max=100))
         missed = (mouth - torch.stack([bank.mouth[i, s:s + T] for i, s in zip(clip, first)]).to(device)) / .03
-        loss = loss + missed[missed.isfinite()].square().sum() / missed.numel()  # not finite: recorded people, whose mouth nobody measured
+        loss = loss + missed[missed.isfinite()].square().sum() / missed.numel()
         if not loss.isfinite():
             raise Fail(f"{Path(path).stem} step {step}: the loss is not finite; is there a clip without picture or sound in the training set?")
         optimizer.zero_grad()
@@ -187,8 +194,7 @@ def find_weights(name, given=""):
     if given:
         data.need_file(given)
         return Path(given)
-    here = Path(__file__).parent
-    for path in [here / f"weights/small/{name}.pt", *sorted(here.glob(f"out/*/{name}.pt"), key=lambda p: -p.stat().st_mtime)]:
+    for path in [Path(__file__).parent / f"weights/small/{name}.pt", *sorted(Path().glob(f"out/*/{name}.pt"), key=lambda p: -p.stat().st_mtime)]:
         if path.is_file():
             return path
     raise Fail(f"no {name} yet: run python distill.py --config tiny first (minutes), or name one on the command line")

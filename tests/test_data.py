@@ -137,5 +137,6 @@ def test_a_folder_of_mp4s_is_a_bank(tmp_path):
     with data.write_video(tmp_path / "a.mp4", (48, 48), clip.audio) as put:
         for frame in clip.video:
             put(frame.numpy())
+    (tmp_path / "a.mp4").rename(tmp_path / "a.MP4")
     bank = data.Bank(32, 24, 10, folder=str(tmp_path))
     assert bank.video.shape == (2, 24, 32, 32, 3) and bank.mel.shape == (2, 96, data.MELS)

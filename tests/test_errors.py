@@ -75,6 +75,7 @@ CASES = {
     "a network that does not fit": ("distill --config tiny --size 40", "multiple of twice patch"),
     "an unknown window": ("distill --config tiny --sync_window wide", "on, off, reversed or all"),
     "nothing to start from": ("distill --config tiny --start missing", "no such file"),
+    "a folder of nothing": ("distill --config tiny --folder missing", "no mp4 there"),
     "no teacher": ("distill --config tiny --teacher missing", "no such file"),
     "a student as a teacher": ("distill --config tiny --teacher student", "cannot teach"),
     "an unknown bench": ("bench love", "no such bench"),

@@ -41,7 +41,6 @@ def test_window():
 @torch.no_grad()
 def test_the_sink_is_read(tiny, parts):
     """One block, so that the first latent frame reaches chunk 5 by attention alone; the second one does not."""
-    import copy
     net = copy.deepcopy(tiny)
     net.blocks = net.blocks[:1]
     x, cond, audio = parts(18, 1)

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,6 @@ def test_sound_that_outlasts_the_picture_of_its_own_file(tmp_path):
 
 
 def test_a_student_keeps_its_own_times(tmp_path, tiny, cfg):
-    import dataclasses
     nn_model.save_dit(str(tmp_path / "a.pt"), tiny, dataclasses.replace(cfg, landing=20), "student", 0)
     student, clip, seen = nn_model.load_dit(str(tmp_path / "a.pt")), data.draw(1, 12, 32), []
     assert student.times == pytest.approx((.999, sample.tau(20)))

@@ -1,9 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 
 import data
+import runtime
 import syncnet
 
 
@@ -48,9 +51,6 @@ def test_nce_by_hand():
 
 
 def test_a_judge_from_the_command_line(tmp_path, expert, capsys):
-    import dataclasses
-
-    import runtime
     weights = str(tmp_path / "judge.pt")
     runtime.save(weights, kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
     clip = data.draw(data.SPLITS["held-out"] + 700, 72, 64)
@@ -62,3 +62,22 @@ def test_a_judge_from_the_command_line(tmp_path, expert, capsys):
     syncnet.main(["--video", str(tmp_path / "a.mp4"), "--audio", str(tmp_path / "late.wav"), "--weights", weights])
     own, late = capsys.readouterr().out.strip().splitlines()[-2:]
     assert "offset +0 frames" in own and "offset +4 frames (+160 ms)" in late
+
+
+@torch.no_grad()
+def test_a_long_clip_is_scored_in_parts(expert):
+    """As if it were in one: 41 s, more than a part holds."""
+    clip = data.draw(data.SPLITS["held-out"] + 702, 32, 32)
+    video, mel = clip.video.repeat(32, 1, 1, 1)[None], data.log_mel(np.tile(clip.audio, 32))[None]
+    whole = syncnet.sync(*expert(data.to_float(video), mel)[:2])
+    for a, b in zip(syncnet.score(expert, video, mel), whole):
+        assert a.item() == pytest.approx(b.item(), abs=.01)
+
+
+def test_nobody_measured_recorded_mouths(tmp_path):
+    """An expert that has seen none reads none, so that a teacher is not shown what it makes up."""
+    bank = data.Bank(32, 24, 2, "train")
+    bank.mouth[:] = torch.nan
+    syncnet.train(str(tmp_path / "a.pt"), syncnet.Config(size=32), bank, 2, 2, 0, torch.device("cpu"), bank)
+    net = syncnet.load_syncnet(str(tmp_path / "a.pt"))
+    assert torch.equal(*net.watch(torch.randn(2, 12, 32, 32, 3))[2])
