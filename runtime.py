@@ -205,7 +205,7 @@ def restore(path, build, weights):
         net = build()
         net.load_state_dict({name: value.float() for name, value in weights.items()})
     except (TypeError, RuntimeError) as e:
-        raise Fail(f"{path}: made by another version of this code ({str(e).splitlines()[0]}); make it again with distill.py") from None
+        raise Fail(f"{path}: made by another version of this code ({str(e).splitlines()[-1].strip()[:150]}); make it again with distill.py") from None
     return net
 
 
