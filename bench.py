@@ -186,7 +186,7 @@ def peak_memory(model, seconds, device):
                                "--device", str(device)],
                               capture_output=True, text=True, cwd=Path(__file__).parent)
         if done.returncode:
-            raise Fail(f"sample.py failed, whose memory was to be measured ({data.ffmpeg_lines(done.stderr.encode())})")
+            raise Fail(f"sample.py failed, whose memory was to be measured ({''.join(done.stderr.splitlines()[-1:])})")
     return int(done.stdout.split()[-1]) / 1024
 
 

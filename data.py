@@ -175,14 +175,14 @@ class Bank:
             if found == n:
                 break
             try:
-                audio, video, before = Sound(path), read_video(path), found
+                audio, video, had = Sound(path), read_video(path), found
                 for first in range(0, len(audio) - samples + 1, samples):
                     taken = [square(frame, size) for frame in itertools.islice(video, frames)]
                     if found == n or len(taken) < frames:
                         break
                     self.video[found], self.mel[found] = torch.stack(taken), log_mel(audio[first:first + samples])
                     found += 1
-                if found == before:
+                if found == had:
                     print(f"left out: {path}: shorter than {frames / FPS:.1f} s")
             except Fail as e:
                 print(f"left out, or the rest of it: {e}")

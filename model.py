@@ -233,7 +233,7 @@ class OverlapAdd(torch.autograd.Function):
         ctx.p, ctx.m = p, m
         out = x[..., : 12 * p * p].clone().unflatten(-1, (4, p, p, 3))
         for there, here, shape in OverlapAdd.strips(p, m):
-            out[there].add_(x[here].unflatten(-1, shape))        # += would also write the sum back, to where it is already
+            out[there].add_(x[here].unflatten(-1, shape))        # += would slice twice, and there are many small ones
         return out
 
     @staticmethod
@@ -373,8 +373,8 @@ class DenoisingLoss(torch.autograd.Function):
                 share = edges / (d.numel() * area)
                 loss += share * total(d * d)
                 d *= 2 * share
-                pull[later].add_(d)
-                pull[sooner].sub_(d)
+                pull[later] += d
+                pull[sooner] -= d
             gradient += pull.view(B, L, 4, rows, p, across, p, 3).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(x.shape)
         ctx.save_for_backward(gradient, root)
         ctx.dtype = x.dtype

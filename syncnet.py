@@ -118,10 +118,11 @@ def score(net, video, mel):
     """net's Sync-C, Sync-D, offset, each (B,). video (B, T, S, S, 3) in [-1, 1] or uint8; mel (B, 4 T, MELS). Fail: under 12 frames."""
     if video.shape[1] < 12:
         raise Fail(f"{video.shape[1]} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
-    level = lambda part: data.to_float(part) if part.dtype == torch.uint8 else part      # noqa: E731
-    with runtime.mixed(video.device):                            # 40 s at a time: an hour would not fit into memory
-        v = torch.cat([net.watch(level(video[:, a:a + 1000 + SPAN - 1]))[1] for a in range(0, video.shape[1] - SPAN + 1, 1000)], 1)
-        return sync(v, net.listen(mel))
+    as_float = lambda part: data.to_float(part) if part.dtype == torch.uint8 else part   # noqa: E731
+    decisions, at_once = video.shape[1] - SPAN + 1, 1000         # 40 s: of an hour, what lies between the layers would not fit into memory
+    with runtime.mixed(video.device):
+        v = [net.watch(as_float(video[:, a:a + at_once + SPAN - 1]))[1] for a in range(0, decisions, at_once)]
+        return sync(torch.cat(v, 1), net.listen(mel))
 
 
 def landmark_error(dub, pairs, judge):
