@@ -124,6 +124,7 @@ def passes(model, clip, device, rounds):
             for i, t in enumerate(sample.TIMES):
                 x0 = part(f"pass {i + 1}", lambda x=x, t=t, cond=cond, audio=audio: model(x, t, cond, audio, cache=cache).float())
             part("cache pass", lambda x0=x0, cond=cond, audio=audio: model(x0, 0., cond, audio, cache=cache, store="finished"))
+            cache.advance()
             part("pixels out", lambda x0=x0, video=video: to_uint8(data.picture(x0, video, cfg.patch)).cpu())
     return {name: statistics.median(times[3:]) for name, times in spent.items()}
 

@@ -172,6 +172,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device, name="teacher", st
             log(step, loss=loss.item(), norm=norm)
         progress.save(step)
     save_dit(f"{cfg.out}/{name}.pt", average, cfg, "teacher", cfg.teacher_steps)
+    log.curves(now=True)
     progress.done()
 
 
@@ -205,6 +206,7 @@ def train_init(cfg, teacher, samples, reward, judge, watch, device):
             log.curves()
         progress.save(step)
     save_dit(f"{cfg.out}/init.pt", average, cfg, "init", cfg.init_steps)
+    log.curves(now=True)
     progress.done()
 
 
@@ -229,6 +231,7 @@ def rollout(model, fast, cond, audio, call, times, device):
             kept, t = (x if call == len(times) - 1 else add_noise(kept, noise_like(x0), times[-1])), times[-1]
         with torch.no_grad():
             fast(kept, t, *still, cache=cache, store="finished")
+        cache.advance()
     return torch.cat(outputs, 1)
 
 
@@ -342,6 +345,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
             critic_losses = []
         progress.save(i)
     save_dit(f"{cfg.out}/student.pt", average, cfg, "student", cfg.dmd_steps)
+    log.curves(now=True)
     progress.done()
 
 

@@ -156,10 +156,10 @@ class Cache:
         """RoPE of the n latent frames that this pass's c-th chunk attends to: their places in the window."""
         return rope[:n]
 
-    @torch.compiler.disable
     def advance(self):
-        """A chunk has been stored. past: how many latent frames are held; runs: once the next chunk is stored, these places (first, end) of
-        [the held frames, that chunk's] are kept."""
+        """To be called after each pass that stores, outside of what is compiled (`torch.compiler.disable` would keep it out, and makes every command start
+        two seconds later). past: how many latent frames are held; runs: once the next chunk is stored, these places (first, end) of [the held frames, that
+        chunk's] are kept."""
         cfg, self.chunks = self.cfg, self.chunks + 1
         seen = lambda c: [f for f in visible(c, cfg) if f < c * cfg.chunk]   # noqa: E731  of the past, by chunk c
         self.frames = seen(self.chunks)
@@ -318,7 +318,7 @@ class DiT(nn.Module):
 
         Bidirectional; causal over the whole clip with `causal`; with a `cache`, x_t is the next chunk. `store` says what the cache is to keep: "", nothing;
         "finished": x_t begins with a finished chunk (at inference clean, t = 0), which is kept, and only the x0 of the chunk behind it is returned, or None
-        if there is none; "passing": the chunk that is being denoised, as it came in."""
+        if there is none; "passing": the chunk that is being denoised, as it came in. After either, call `cache.advance()`."""
         B, L, N, _ = x_t.shape
         if L > MAX_LATENTS and not causal:
             raise Fail(f"{L} latent frames at once, at most {MAX_LATENTS}; stream it, or cut it into windows")
@@ -332,10 +332,7 @@ class DiT(nn.Module):
                 attend = lambda q, k, v: (attend_chunks if causal else attend_all)(q, k, v, self.rope, self.cfg)  # noqa: E731
             x = block(x, mod[..., :6, :], audio[:, :, i], attend)
         wanted = x.shape[1]                      # latent frames whose x0 is asked for
-        x0 = self.to_pixels(x, mod[:, -wanted:, 6:], cond.known[:, -wanted:]) if wanted else None
-        if store:
-            cache.advance()
-        return x0
+        return self.to_pixels(x, mod[:, -wanted:, 6:], cond.known[:, -wanted:]) if wanted else None
 
     def to_pixels(self, x, mod, known):
         """Tokens (B, L, N, D), shift and scale (B, L or 1, 2, D) -> x0 (B, L, N, P), composited with what is known."""

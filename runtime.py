@@ -257,6 +257,7 @@ class Log:
 
     def __init__(self, folder, stage, steps, first=0):
         self.path, self.folder, self.stage, self.steps, self.first, self.start = Path(folder) / "log.jsonl", folder, stage, steps, first, time.time()
+        self.drawn = self.start
         if self.path.is_file() and not ranks()[0]:               # what an earlier run said of the steps to come is forgotten, and a line cut short
             rows = [r for r in map(json.loads, filter(lambda line: line.endswith("}\n"), open(self.path))) if r["stage"] != stage or r["step"] <= first]
             self.path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -273,7 +274,11 @@ class Log:
         print(f"{self.stage:8} step {step:5d}/{self.steps} | " + " | ".join(f"{k} {v:8.4g}" for k, v in values.items())
               + f" | {spent:5.0f} s, {left:5.0f} s left", flush=True)
 
-    def curves(self):
+    def curves(self, now=False):
+        """Draw curves.png anew, `now` or if it has not been for 20 seconds: it takes one."""
+        if ranks()[0] or time.time() - self.drawn < 20 and not now:
+            return
+        self.drawn = time.time()
         rows = [json.loads(line) for line in open(self.path)]
         figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
         titles = dict(loss="loss", norm="gradient norm", critic_loss="critic's loss", weight="reward weight, before it is normalised",

@@ -152,7 +152,7 @@ def generate(model, conditions, times=None, noise=torch.randn_like, make_cache=C
     """The student's loop. conditions: an iterable of (Cond, audio), one chunk each -> yields x0 patches, one chunk each. noise(x): Gaussian
     noise of the shape of x. In the paper's three passes a chunk, it is
 
-        x0 = model(noise, t1);  x0 = model(add_noise(x0, fresh noise, t2), t2);  model(x0, 0, store="finished");  yield x0
+        x0 = model(noise, t1);  x0 = model(add_noise(x0, fresh noise, t2), t2);  model(x0, 0, store="finished");  cache.advance();  yield x0
 
     The last pass is not needed before the next chunk, so here it runs in one forward with that chunk's first: two calls a chunk, the same numbers. A
     model whose `cache_from` is "last" has no such pass: its last denoising pass writes the cache.
@@ -169,13 +169,14 @@ def generate(model, conditions, times=None, noise=torch.randn_like, make_cache=C
             call = model if cache.full else model.forward        # the second is never compiled
             for i, t in enumerate(times):
                 x = add_noise(x0, noise(empty), t) if i else noise(empty)
+                given, store = (x, mods[i], cond, audio), "passing" if model.cache_from == "last" and i == len(times) - 1 else ""
                 if i == 0 and before is not None:
                     clean, cond_before, audio_before = before
                     both = lambda a, b: torch.cat([a, b], 1)                                                # noqa: E731
-                    x0 = call(both(clean, x), joint, Cond(*map(both, cond_before, cond)), both(audio_before, audio), cache=cache, store="finished")
-                else:
-                    x0 = call(x, mods[i], cond, audio, cache=cache, store="passing" if model.cache_from == "last" and i == len(times) - 1 else "")
-                x0 = x0.to(torch.float32, copy=True)             # a CUDA graph's output is overwritten by its next run
+                    given, store = (both(clean, x), joint, Cond(*map(both, cond_before, cond)), both(audio_before, audio)), "finished"
+                x0 = call(*given, cache=cache, store=store).to(torch.float32, copy=True)     # a CUDA graph's output is overwritten by its next run
+                if store:
+                    cache.advance()
         before = (x0, cond, audio) if model.cache_from == "clean" else None
         yield x0
 

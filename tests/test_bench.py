@@ -124,7 +124,8 @@ def test_cross_is_another_voice():
     assert (other.audio == truth.audio).all() and (other.mouth == truth.mouth).all() and not torch.equal(other.video, truth.video)
 
 
-def test_ablate_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
+def test_ablate_ends_in_json(capsys, tmp_path, tiny, expert, cfg, monkeypatch):
+    monkeypatch.setitem(distill.PRESETS["tiny"], "init_steps", 4)
     nn_model.save_dit(tmp_path / "teacher.pt", tiny, cfg, "teacher", 0)
     for name in ("judge", "syncnet"):
         runtime.save(tmp_path / f"{name}.pt", kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
