@@ -258,7 +258,7 @@ def ffmpeg_lines(stderr):
 
 def need_file(path):
     if not os.path.isfile(path):
-        raise Fail(f"{path}: no such file")
+        raise Fail(f"{path}: a folder; name a file in it" if os.path.isdir(path) else f"{path}: no such file")
 
 
 class Sound:
@@ -316,7 +316,7 @@ def picture_seconds(path, limit):
 
 
 def no_picture(path, e):
-    reason = str(e).strip().splitlines()
+    reason = ["it has none"] if re.search("matches no streams|not contain any stream", str(e)) else str(e).strip().splitlines()
     return Fail(f"{path}: no picture could be read ({reason[-1].strip() if reason else 'no frames'}); give a video file, mp4 for instance")
 
 
@@ -423,7 +423,7 @@ def free_space(folder, need, instead="choose another --out"):
 # -------------------------------------------------------------------------------------------------------- command lines
 def options(cls, argv, usage, presets=None):
     """Command line -> cls, a dataclass: every field is an option (`--beta 0`), and the comment beside it its help; `--config NAME`
-    picks a preset first. Whole numbers may be 0 only where the class says so, in `zero`."""
+    picks a preset first; hyphens do for underscores. Whole numbers may be 0 only where the class says so, in `zero`."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise Fail(f"{message}; --help lists the options")
@@ -445,7 +445,7 @@ def options(cls, argv, usage, presets=None):
         if field.name != "config" or not presets:
             parser.add_argument("--" + field.name, metavar=field.type.__name__.upper(), type=boolean if field.type is bool else field.type,
                                 help=f"{comment[1] if comment else ''} (default {default})".replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args([re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]))
     for name, value in given.items():
         if type(value) is int and value < (name not in getattr(cls, "zero", ("seed",))):
             raise Fail(f"--{name} {value} is too small")

@@ -5,8 +5,8 @@
     python distill.py --config small --stage teacher            # stop after the teacher (or init)
     python distill.py --config small --beta 0 --sync_window off      # every field of Config is an option
 
-Stages: syncnet and judge (the lip-sync experts), teacher (flow matching), init (diffusion forcing), dmd (distribution
-matching distillation with the sync window and the reward). Each saves to out/CONFIG/ and is skipped when its result is there.
+Stages: judge and syncnet (the lip-sync experts), teacher (flow matching), init (diffusion forcing), dmd (distribution matching
+distillation with the sync window and the reward: student.pt). Each saves to out/CONFIG/ and is skipped when its result is there.
 """
 import copy
 import dataclasses
@@ -166,7 +166,7 @@ def train_teacher(cfg, samples, reward, judge, watch, device, name="teacher", st
         ema(average, model, cfg.teacher_ema, step)
         if step % max(1, cfg.teacher_steps // 4) == 0 and not ranks()[0]:
             dub = dub_teacher(average, watch.source, watch.mel, steps=10, guidance=cfg.guidance, latents=cfg.latents)
-            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub, watch, judge))
+            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub, watch, judge, cfg.patch))
             log.curves()
         elif step % max(1, cfg.teacher_steps // 40) == 0 or step == progress.step + 5:
             log(step, loss=loss.item(), norm=norm)
@@ -202,7 +202,7 @@ def train_init(cfg, teacher, samples, reward, judge, watch, device):
         norm = optimizer_step(model, {optimizer: cfg.init_lr * rate(step, cfg.init_steps)})
         ema(average, model, cfg.student_ema, step)
         if step % max(1, cfg.init_steps // 4) == 0 and not ranks()[0]:
-            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub_student(average, watch.source, watch.mel, cfg.times), watch, judge))
+            log(step, loss=loss.item(), norm=norm, **syncnet.judged(dub_student(average, watch.source, watch.mel, cfg.times), watch, judge, cfg.patch))
             log.curves()
         progress.save(step)
     save_dit(f"{cfg.out}/init.pt", average, cfg, "init", cfg.init_steps)
@@ -227,8 +227,10 @@ def rollout(model, fast, cond, audio, call, times, device):
             x0 = model(x, times[call], part, heard, cache=cache).float()
         outputs.append(x0)
         kept, t = x0.detach(), 0.
-        if fast.cache_from == "last":
-            kept, t = (x if call == len(times) - 1 else add_noise(kept, noise_like(x0), times[-1])), times[-1]
+        if fast.cache_from == "last":            # at inference: what goes into the last call; stopped before it, what would have gone into it
+            if call < len(times) - 1:
+                x = add_noise(kept, noise_like(x0), times[-1])
+            kept, t = x, times[-1]
         with torch.no_grad():
             fast(kept, t, *still, cache=cache, store="finished")
         cache.advance()
@@ -285,8 +287,8 @@ def reward_weights(net, video, mel, cfg):
 
 
 def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
-    """Each iteration: the student dubs a batch, up to one of its calls, drawn by chance; every `critic_updates`-th time it is moved, by g, from what the critic
-    expects of such clips to what the teacher does; and the critic, at first the teacher's copy, learns (flow matching) what the student makes now."""
+    """Each iteration: the student dubs a batch, up to one of its calls, drawn by chance. Every `critic_updates`-th time the student is moved, by g, from the
+    critic's guess towards the teacher's. And the critic, at first the teacher's copy, learns (flow matching) what the student makes now."""
     torch.manual_seed(cfg.seed + 2)
     rng = torch.Generator().manual_seed(cfg.seed + 2)
     student, average = student.train().requires_grad_(True), copy.deepcopy(student).requires_grad_(False)
@@ -337,7 +339,7 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
         step, values["critic_loss"] = i // cfg.critic_updates, sum(critic_losses) / len(critic_losses)
         if student_turn and step % max(1, cfg.dmd_steps // 6) == 0 and not ranks()[0]:
             dub = dub_student(average, watch.source, watch.mel, cfg.times)
-            log(step, **values, **syncnet.judged(dub, watch, judge), reward_c=syncnet.score(reward, dub, watch.mel)[0].mean().item())
+            log(step, **values, **syncnet.judged(dub, watch, judge, cfg.patch), reward_c=syncnet.score(reward, dub, watch.mel)[0].mean().item())
             log.curves()
             critic_losses = []
         elif student_turn and step % max(1, cfg.dmd_steps // 30) == 0:
@@ -369,7 +371,8 @@ def locate(name, cfg):
             if (folder / f"{name}.pt").is_file():
                 other = [f for f in OWN[name] if getattr(cfg, f) != PRESETS[cfg.config].get(f, getattr(Config, f))]
                 if name == "teacher" and other:
-                    raise Fail(f"--{other[0]} is the teacher's, and one is bundled: train your own first, with the same and --stage teacher")
+                    raise Fail(f"--{other[0]} is for training a teacher, and one is there ({folder}/teacher.pt): train yours first, with this option and "
+                               "--stage teacher, and name it by --teacher")
                 return None if other else folder / f"{name}.pt"          # an expert of other settings is trained
     return None
 
@@ -379,7 +382,8 @@ def load_matching(path, cfg, device):
     net = nn_model.load_dit(path, device).requires_grad_(False)
     for f, value in dataclasses.asdict(net.cfg).items():
         if value != getattr(cfg, f):
-            raise Fail(f"{path}: {f} is {value} there and {getattr(cfg, f)} in --config {cfg.config}; use the config that it was made with")
+            raise Fail(f"{path}: {f} is {value} there and {getattr(cfg, f)} here; use the config that it was made with, or train a teacher of your own first "
+                       "(--stage teacher)")
     return net
 
 

@@ -2,9 +2,8 @@
 
     python model.py                 # the sizes and their parameters
 
-A token covers 4 frames x p x p pixels, P = 12 p p values; L = T/4 latent frames of N tokens. The paper gets the same footprint from a
-VAE (4 x 8 x 8) and 1 x 2 x 2 patches; here the network sees the pixels and predicts the clean video x0 (arXiv 2511.13720
-shows that to work).
+A token covers 4 frames x p x p pixels, P = 12 p p values; L = T/4 latent frames of N tokens. (The paper's, by a VAE of 4 x 8 x 8 and patches of
+1 x 2 x 2: 4 x 16 x 16 pixels.) The network sees the pixels and predicts the clean video x0 (arXiv 2511.13720 shows that to work).
 
 The mouth mask lies in the lower half of the square, so only that is cut into tokens, noised and denoised, less the columns of
 patches that the mask does not touch (`data.inner`): x is (B, L, N, P). A token's input is three things side by side: its noisy
@@ -69,6 +68,17 @@ def visible(c, cfg):
     return sorted({*range(min(cfg.sink, end)), *range(max(0, end - cfg.window), end)})
 
 
+def runs(places):
+    """Rising numbers -> [(first, end)] of each run of neighbours: the window is the sink and one run, hence two slices at the most."""
+    found = []
+    for p in places:
+        if found and found[-1][1] == p:
+            found[-1] = found[-1][0], p + 1
+        else:
+            found.append((p, p + 1))
+    return found
+
+
 def rope_table(cfg, latents=MAX_LATENTS):
     """(latents, N, 2, head) cosines and sines as `rotate` takes them; half of a head turns with the latent frame, a quarter each with row and column."""
     (rows, across), head = grid(cfg), cfg.width // cfg.heads
@@ -86,8 +96,8 @@ def rotate(x, table):
 
 
 def dense(q, k, v):
-    """softmax(q k^T / sqrt d) v, by the fused kernel, except when training on a CPU: at these lengths its backward is four
-    times slower there than plain products (8.7 ms against 2.0, 16 x 4 heads x 96 tokens)."""
+    """softmax(q k^T / sqrt d) v, by the fused kernel, except when training on a CPU: at these lengths its backward is two to four
+    times slower there than plain products (63 ms against 30 forward and back, 16 x 4 heads x 384 tokens)."""
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         return ((q * q.shape[-1] ** -.5) @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -106,9 +116,7 @@ def attend_chunks(q, k, v, rope, cfg):
     for c, q_c in enumerate(q.split(cfg.chunk * N, 2)):
         frames = [f for f in visible(c, cfg) if f * N < q.shape[2]]
         new, table = q_c.shape[2] // N, rope[: len(frames)]
-        # The window is the sink and one run: two slices at the most.
-        runs = [(frames[0], frames[0] + len(frames))] if frames[-1] - frames[0] < len(frames) else [(0, cfg.sink), (frames[cfg.sink], frames[-1] + 1)]
-        take = lambda x: torch.cat([x[:, :, a * N:b * N] for a, b in runs], 2)   # noqa: E731
+        take = lambda x: torch.cat([x[:, :, a * N:b * N] for a, b in runs(frames)], 2)      # noqa: E731
         outputs.append(dense(rotate(q_c, table[-new:]), rotate(take(k), table), take(v)))
     return torch.cat(outputs, 2)
 
@@ -153,7 +161,7 @@ class Cache:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs or [q[:, :, :0]], 2)
 
     def table(self, rope, n, c):
-        """RoPE of the n latent frames that this pass's c-th chunk attends to: their places in the window."""
+        """RoPE of the n latent frames that this pass's c-th chunk attends to: their places in the window. (`bench.py long` tries others.)"""
         return rope[:n]
 
     def advance(self):
@@ -165,12 +173,7 @@ class Cache:
         self.frames = seen(self.chunks)
         held = self.frames + list(range(self.chunks * cfg.chunk, (self.chunks + 1) * cfg.chunk))
         self.full = self.chunks * cfg.chunk >= cfg.sink + cfg.window     # from now on every chunk is like the last one
-        self.past, self.runs = len(self.frames), []
-        for p in (held.index(f) for f in seen(self.chunks + 1)):
-            if self.runs and self.runs[-1][1] == p:
-                self.runs[-1] = self.runs[-1][0], p + 1
-            else:
-                self.runs.append((p, p + 1))
+        self.past, self.runs = len(self.frames), runs(held.index(f) for f in seen(self.chunks + 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- the DiT
@@ -203,8 +206,10 @@ class Block(nn.Module):
         q, k, v = self.qkv(y).view(B, L * N, 3, h, D // h).permute(2, 0, 3, 1, 4)                  # each B h LN d
         norm = lambda z, g: F.layer_norm(z, (D // h,), g.to(z.dtype)).to(z.dtype)    # noqa: E731  QK-norm as in ViT-22B, arXiv 2302.05442 (float32 in CUDA's autocast)
         y = attend(norm(q, self.q_scale), norm(k, self.k_scale), v)
-        if before := L - y.shape[2] // N:
-            x, gate, shift2, scale2, gate2 = x[:, before:], *(z[:, before:] if z.shape[1] > 1 else z for z in (gate, shift2, scale2, gate2))
+        left_out = L - y.shape[2] // N           # latent frames of a finished chunk, of which the last block made no more than keys and values
+        if left_out:
+            cut = lambda z: z[:, left_out:] if z.shape[1] > 1 else z             # noqa: E731  one modulation for all frames stays
+            x, gate, shift2, scale2, gate2 = map(cut, (x, gate, shift2, scale2, gate2))
         x = torch.addcmul(x, gate, self.out(y.transpose(1, 2).reshape(x.shape)))
         y = torch.addcmul(shift2, F.layer_norm(x, (D,)), scale2)
         return torch.addcmul(x, gate2, self.down(F.silu(self.up(y))))
@@ -299,7 +304,7 @@ class DiT(nn.Module):
     def modulation(self, t):
         """t (B, L or 1) in 0..1 or a float -> (B, L or 1, 8, D): all that depends on time alone, for as many passes as share it."""
         t = t.float() if torch.is_tensor(t) else torch.full((1, 1), t, device=self.mask.device)
-        freq = 1000 * t[..., None] * torch.exp(-torch.arange(64, device=t.device) / 64 * 9.21)
+        freq = 1000 * t[..., None] * torch.exp(-torch.arange(64, device=t.device) / 64 * 9.21)        # down to a 10,000th
         dtype = self.head.weight.dtype
         mod = self.time(torch.cat([freq.cos(), freq.sin()], -1).to(dtype)).to(dtype).unflatten(-1, (8, -1))
         mod[:, :, 1::3] += 1                                     # the scales, the head's included (in autocast's bf16 it would round them)

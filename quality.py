@@ -45,12 +45,21 @@ def about(bench, cfg, device):
 
 
 def checkpoint(cfg, name):
-    """NAME.pt in the folder --weights; a teacher and experts that are not there are the bundled ones, which a distillation starts from, too."""
+    """NAME.pt in the folder --weights. A teacher and experts that are not there are those that the student there was distilled from: what --teacher named then
+    and what lies beside it, else the bundled ones."""
     bundled = Path(__file__).parent / "weights" / cfg.config / f"{name}.pt"
     path = Path(cfg.weights) / bundled.name if cfg.weights else bundled
     if not path.parent.is_dir():
         raise Fail(f"--weights {path.parent}: no such folder")
-    path = bundled if name != "student" and not path.is_file() and bundled.is_file() else path
+    if name != "student" and not path.is_file():
+        student = path.with_name("student.pt")
+        named = student.is_file() and runtime.load(student, "dit")["made_with"]["teacher"]
+        if named and name == "teacher":
+            path = Path(named)
+        elif named and (beside := Path(named).with_name(path.name)).is_file():
+            path = beside
+        elif bundled.is_file():
+            path = bundled
     if path.is_file():
         print(f"{name}: {path}", file=sys.stderr, flush=True)
     return path
@@ -67,27 +76,13 @@ def ssim(video, truth):
     return ((index.mean((0, 1)) * mask).sum() / mask.sum()).item()
 
 
-def edges(video, p):
-    """Mean squared difference of neighbouring pixels in the mouth mask: across the borders of the p x p patches, and inside them.
-    video (T, S, S, 3) uint8 -> two floats. Their ratio over the truth's is the measure of seams, 1 where there are none; the second alone
-    over the truth's says how sharp the picture is: 1 if as sharp as the truth, less where it is blurred."""
-    mask, total = data.mouth_mask(video.shape[1]).to(video.device), [0., 0., 0., 0.]
-    for v, m in ((video.float().mean(3), mask), (video.float().mean(3).transpose(1, 2), mask.T)):
-        jump, weight = ((v[:, 1:] - v[:, :-1]) ** 2).mean(0), m[1:] * m[:-1]
-        border = ((torch.arange(1, video.shape[1], device=video.device) % p) == 0).float()[:, None]
-        for i, part in enumerate((border, 1 - border)):
-            total[2 * i] += (jump * weight * part).sum().item()
-            total[2 * i + 1] += (weight * part).sum().item()
-    return total[0] / total[1], total[2] / total[3]
-
-
 def measures(dub, pairs, judge, patch):
     """Everything that is measured of the dubs (n, T, S, S, 3) uint8 of data.Pairs, a clip each -> dict of (n,) tensors:
 
     sync_c, sync_d; psnr (dB) and ssim in the mouth mask; landmark: mean error of the mouth's opening and width as the judge reads them off
     the picture, in percent of the picture's side; opening, width: their correlation with the truth over time; gain: the slope of the opening
     over the truth's, 1 if the mouth opens as far, less if it mumbles; silence: the opening, in percent, where the truth's has been shut for 0.2 s
-    around (NaN without such a pause); seams, sharp: see edges."""
+    around (NaN without such a pause); seams, sharp: see syncnet.edges."""
     c, d, _ = syncnet.score(judge, dub, pairs.mel)
     error = syncnet.landmark_error(dub, pairs, judge)
     read, centre = error + pairs.mouth, lambda x: x - x.mean(1, keepdim=True)
@@ -96,7 +91,7 @@ def measures(dub, pairs, judge, patch):
     shut = F.avg_pool1d((pairs.mouth[..., 0] < .01).float(), 5, 1, 2) > .99
     rows = []
     for v, t in zip(dub, pairs.truth):
-        (border, inside), (true_border, true_inside) = edges(v, patch), edges(t, patch)
+        (border, inside), (true_border, true_inside) = syncnet.edges(v, patch), syncnet.edges(t, patch)
         rows.append((ssim(v, t), border / inside / (true_border / true_inside), inside / true_inside))
     similar, seams, sharp = torch.tensor(rows).unbind(1)
     return dict(sync_c=c, sync_d=d, psnr=data.mouth_psnr(dub, pairs.truth), ssim=similar,
@@ -149,6 +144,13 @@ def robustness(net, size, n, device):
     return found
 
 
+def contrast(net, size, n, device):
+    """Sync-C of n held-out people, 3.84 s each, over that of the same pictures with the next one's sound."""
+    _, truth, mel, _ = data.held_out(n, size, "held-out", device)
+    right, wrong = (syncnet.score(net, truth, sound)[0].mean().item() for sound in (mel, mel.roll(1, 0)))
+    return right / wrong
+
+
 def summary(values):
     """Clips' values -> mean and half its 95% interval; NaN clips (without a pause) do not count."""
     values = values[values.isfinite()].cpu().double()
@@ -168,9 +170,10 @@ def quality(cfg):
     results = dict(about("quality", cfg, device), **first, others=others)
     results["clips"] = cfg.clips
     results["offsets"] = {name: robustness(net, networks["teacher"].cfg.size, cfg.clips, device) for name, net in experts.items()}
-    print("\n| offset found to within a frame | " + " | ".join(results["offsets"]["judge"]) + " |\n|---" + "|---" * 6 + "|")
+    results["contrast"] = {name: contrast(net, networks["teacher"].cfg.size, cfg.clips, device) for name, net in experts.items()}
+    print("\n| offset found to within a frame | " + " | ".join(results["offsets"]["judge"]) + " | Sync-C over a wrong sound's |\n|---" + "|---" * 7 + "|")
     for name, found in results["offsets"].items():
-        print(f"| {name} | " + " | ".join(f"{v:.1%}" for v in found.values()) + " |")
+        print(f"| {name} | " + " | ".join(f"{v:.1%}" for v in found.values()) + f" | {results['contrast'][name]:.1f} |")
     print(json.dumps(results).replace("NaN", "null"))
 
 
@@ -196,7 +199,7 @@ def quality_of(kind, cfg, networks, judge, device):
 
     def teach(steps, scale):
         run = lambda s, m: sample.dub_teacher(teacher, s, m, steps, scale, latents)          # noqa: E731
-        speed = sample.clock((run(source[:1, :frames], mel[:1, :4 * frames])[0] for _ in range(1)), device)
+        speed = sample.clock(sample.once(lambda: run(source[:1, :frames], mel[:1, :4 * frames])), device)
         dub = dubbed_by(run)
         add(name_of(steps, scale), dub, speed, steps=steps, guidance=scale)
         return dub

@@ -195,7 +195,8 @@ def load(path, kind):
         what = "delete it and run again" if kind == "resume" else "make one with distill.py"
         raise Fail(f"{path}: not a checkpoint of this project ({type(e).__name__}); {what}") from None
     if found != kind:
-        raise Fail(f"{path}: a {found} checkpoint where a {kind} is needed")
+        whose = {"dit": "a teacher or student", "syncnet": "a lip-sync expert", "resume": "half a training"}
+        raise Fail(f"{path}: {whose.get(found, found)}, where {whose[kind]} is needed")
     return state
 
 
@@ -281,7 +282,7 @@ class Log:
         self.drawn = time.time()
         rows = [json.loads(line) for line in open(self.path)]
         figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
-        titles = dict(loss="loss", norm="gradient norm", critic_loss="critic's loss", weight="reward weight, before it is normalised",
+        titles = dict(loss="loss", norm="gradient norm", critic_loss="critic's loss", sharp="sharp (the truth: 1)",
                       sync_c="Sync-C by the judge", reward_c="Sync-C by the reward network", psnr="mouth PSNR (dB)", landmark="landmark error (%)")
         for axis, key in zip(axes.flat, titles):
             for stage in dict.fromkeys(r["stage"] for r in rows):

@@ -1,14 +1,16 @@
 """The lip-sync expert: do this mouth and this sound belong together, and if not, how many frames apart are they?
 
-    python syncnet.py --video CLIP.mp4                  # Sync-C, Sync-D and offset of any clip with sound
+    python syncnet.py --video CLIP.mp4                  # Sync-C, Sync-D and offset of a clip with sound
     python syncnet.py --video CLIP.mp4 --audio X.wav    # with other sound; --box X,Y,SIDE where the face is
     python syncnet.py --video CLIP.mp4 --weights out/tiny/judge.pt
 
 Two towers (after SyncNet, Chung and Zisserman 2016): 5 video frames of the lower face, and the 20 mel frames that go with
 them, each to a unit vector. Trained by InfoNCE over the moments of one clip, where the only thing that tells right from
-wrong is the timing. distill.py trains two, on different people: `syncnet` gives the reward, `judge` only judges.
+wrong is the timing. distill.py trains two, on different people: `syncnet` gives the reward, `judge` only judges. Both have
+only seen drawn faces: of a recorded one their score says nothing.
 """
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -131,11 +133,27 @@ def landmark_error(dub, pairs, judge):
         return judge(data.to_float(dub), pairs.mel)[2] - pairs.mouth
 
 
-def judged(dub, pairs, judge):
-    """Means over the clips of the dubs (n, T, S, S, 3) uint8 of data.Pairs: Sync-C, Sync-D, mouth PSNR (dB), landmark error (% of the side)."""
+def edges(video, p):
+    """Mean squared difference of neighbouring pixels in the mouth mask: across the borders of the p x p patches, and inside them.
+    video (T, S, S, 3) uint8 -> two floats. Their ratio over the truth's is the measure of seams, 1 where there are none; the second alone
+    over the truth's says how sharp the picture is: 1 if as sharp as the truth, less where it is blurred."""
+    mask, total = data.mouth_mask(video.shape[1]).to(video.device), [0., 0., 0., 0.]
+    for v, m in ((video.float().mean(3), mask), (video.float().mean(3).transpose(1, 2), mask.T)):
+        jump, weight = ((v[:, 1:] - v[:, :-1]) ** 2).mean(0), m[1:] * m[:-1]
+        border = ((torch.arange(1, video.shape[1], device=video.device) % p) == 0).float()[:, None]
+        for i, part in enumerate((border, 1 - border)):
+            total[2 * i] += (jump * weight * part).sum().item()
+            total[2 * i + 1] += (weight * part).sum().item()
+    return total[0] / total[1], total[2] / total[3]
+
+
+def judged(dub, pairs, judge, p):
+    """Means over the clips of the dubs (n, T, S, S, 3) uint8 of data.Pairs, of p x p patches: Sync-C, Sync-D, mouth PSNR (dB), landmark error (% of the side),
+    sharp."""
     c, d, _ = score(judge, dub, pairs.mel)
+    sharp = [edges(v, p)[1] / edges(t, p)[1] for v, t in zip(dub, pairs.truth)]
     return dict(sync_c=c.mean().item(), sync_d=d.mean().item(), psnr=data.mouth_psnr(dub, pairs.truth).mean().item(),
-                landmark=100 * landmark_error(dub, pairs, judge).abs().mean().item())
+                landmark=100 * landmark_error(dub, pairs, judge).abs().mean().item(), sharp=sum(sharp) / len(sharp))
 
 
 def train(path, cfg, bank, steps, batch, seed, device, held_out, made_with=None):
@@ -219,6 +237,9 @@ def main(argv):
     mel = data.log_mel(audio[: n * data.RATE // data.FPS])
     c, d, offset = (x.item() for x in score(net, torch.stack(frames[:n])[None].to(device), mel[None].to(device)))
     print(f"Sync-C {c:.3f}  Sync-D {d:.3f}  offset {offset:+d} frames ({1000 * offset // data.FPS:+d} ms)  over {n} frames")
+    if c < .2:
+        print("So low (drawn people who say these words: about .7) means that mouth and sound do not go together, that --box is not on the face,\n"
+              "hairline to chin, or that the face is not a drawn one.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import distill
 import model as nn_model
 import quality
 import runtime
+import syncnet
 
 
 def test_speed_ends_in_json(capsys, tmp_path):
@@ -42,6 +43,7 @@ def test_quality_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
         assert rows[worse]["sync_c"] < rows["truth"]["sync_c"] and rows[worse]["ssim"] < .95 and rows[worse]["landmark"] > rows["truth"]["landmark"]
     assert rows["student"]["psnr"] < result["ceiling"]["psnr"] < 40 and rows["truth"]["opening"] > .5
     assert set(result["offsets"]) == {"judge", "syncnet"} and result["offsets"]["judge"]["clean"] == 1          # with the sign wrong: 0
+    assert result["contrast"]["judge"] > 1.5
     assert (tmp_path / "quality-tiny-dub.png").is_file()
 
 
@@ -51,17 +53,17 @@ def test_seams_and_blur_are_seen():
     brighter = torch.arange(64) // 16 % 2 * 20.
     seamed = data.to_uint8((video + brighter[:, None, None] - mean) / 127.5)
     smooth = data.to_uint8((video - mean) / 127.5)
-    ratio = lambda v: quality.edges(v, 16)[0] / quality.edges(v, 16)[1]      # noqa: E731
+    ratio = lambda v: syncnet.edges(v, 16)[0] / syncnet.edges(v, 16)[1]      # noqa: E731
     assert ratio(seamed) > 2 * ratio(smooth)
     blurred = F.avg_pool2d(video.permute(0, 3, 1, 2).float(), 3, 1, 1).permute(0, 2, 3, 1).to(torch.uint8)
-    assert quality.edges(blurred, 16)[1] < .7 * quality.edges(video, 16)[1]
+    assert syncnet.edges(blurred, 16)[1] < .7 * syncnet.edges(video, 16)[1]
 
 
 def test_a_perfect_blur_is_closer_than_a_perfect_dub():
     _, truth, other = (clip.video[None] for clip in next(quality.clips_of("dub", 1, 32)))
     blur = quality.best_blur(0, 32, draws=6)[None]
     assert data.mouth_psnr(blur, truth).item() > data.mouth_psnr(other, truth).item() + .5
-    assert quality.edges(blur[0], 8)[1] < .9 * quality.edges(other[0], 8)[1]
+    assert syncnet.edges(blur[0], 8)[1] < .9 * syncnet.edges(other[0], 8)[1]
 
 
 def test_ssim_by_hand():
@@ -108,8 +110,15 @@ def test_drift_and_border_jump_by_hand():
     assert quality.border_jump(moving, 12) == pytest.approx(4)
 
 
-def test_a_folder_with_a_student_alone_can_be_measured(tmp_path):
-    (tmp_path / "student.pt").touch()
+def test_a_folder_with_a_student_alone_can_be_measured(tmp_path, tiny, cfg):
+    """Against the teacher that it names, the experts beside that one, or else what is bundled."""
+    (tmp_path / "mine").mkdir()
+    for name in ("teacher", "judge"):
+        (tmp_path / "mine" / f"{name}.pt").touch()
+    nn_model.save_dit(tmp_path / "student.pt", tiny, dataclasses.replace(cfg, teacher=str(tmp_path / "mine" / "teacher.pt")), "student", 0)
+    found = lambda name: quality.checkpoint(quality.Quality(weights=str(tmp_path)), name).parent.name                       # noqa: E731
+    assert [found(name) for name in ("teacher", "judge", "syncnet")] == ["mine", "mine", "small"]
+    nn_model.save_dit(tmp_path / "student.pt", tiny, cfg, "student", 0)
     paths = {name: quality.checkpoint(quality.Quality(weights=str(tmp_path)), name) for name in ("student", "teacher", "judge", "syncnet")}
     assert paths.pop("student").parent == tmp_path and all(p.is_file() and p.parent.name == "small" for p in paths.values())
     (tmp_path / "student.pt").rename(tmp_path / "teacher.pt")

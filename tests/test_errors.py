@@ -40,7 +40,7 @@ def files(tmp_path_factory, student_file):
     writer = imageio_ffmpeg.write_frames(str(d / "sound_only.mp4"), (32, 32), audio_path=str(d / "good.wav"), output_params=["-vn"], ffmpeg_log_level="error")
     soundfile.write(d / "sound_only.wav", clip.audio, data.RATE)
     writer.close()
-    return dict({p.name: str(p) for p in d.iterdir()}, student=student_file, out=str(d / "result" / "dub.mp4"), missing=str(d / "nowhere.mp4"))
+    return dict({p.name: str(p) for p in d.iterdir()}, student=student_file, out=str(d / "result" / "dub.mp4"), folder=str(d), missing=str(d / "nowhere.mp4"))
 
 
 DUB = "sample --video good.mp4 --audio good.wav --out out --weights student"
@@ -49,18 +49,19 @@ CASES = {
     "no audio file": (DUB.replace("good.wav", "missing"), "no such file"),
     "a cut-off video": (DUB.replace("good.mp4", "broken.mp4"), "no picture could be read"),
     "not a video": (DUB.replace("good.mp4", "text.mp4"), "no picture could be read"),
-    "a video with no picture": (DUB.replace("good.mp4", "sound_only.wav"), "no picture could be read"),
+    "a video with no picture": (DUB.replace("good.mp4", "sound_only.wav"), "no picture could be read (it has none)"),
     "a video with no sound": ("sample --video mute.mp4 --out out --weights student", "no sound could be read"),
     "sound of length zero": (DUB.replace("good.wav", "empty.wav"), "empty"),
     "NaN": (DUB.replace("good.wav", "nan.wav"), "NaN"),
     "a box outside": (DUB + " --box 10,10,40", "not inside the picture"),
     "half a box": (DUB + " --box 10,10", "three whole numbers"),
     "no checkpoint": (DUB.replace("student", "missing"), "no such file"),
+    "a folder of checkpoints": (DUB.replace("student", "folder"), "name a file in it"),
     "not a checkpoint": (DUB.replace("student", "text.pt"), "not a checkpoint"),
     "another program's checkpoint": (DUB.replace("student", "other.pt"), "not a checkpoint"),
     "a teacher as a student": (DUB.replace("student", "teacher.pt"), "cannot stream"),
     "another version's checkpoint": (DUB.replace("student", "version.pt"), "another version"),
-    "a student as a judge": ("syncnet --video good.mp4 --weights student", "a dit checkpoint where a syncnet is needed"),
+    "a student as a judge": ("syncnet --video good.mp4 --weights student", "a teacher or student, where a lip-sync expert is needed"),
     "an unknown option": (DUB + " --speed 3", "unrecognized arguments: --speed"),
     "not a number": (DUB + " --seed x", "invalid int value"),
     "not an mp4": (DUB.replace("out out", "out good.wav"), "ends in .mp4"),
@@ -71,6 +72,7 @@ CASES = {
     "an unknown stage": ("distill --config tiny --stage sing", "teacher, init or all"),
     "a batch that does not split": ("distill --config tiny --dmd_batch 6 --accumulate 4", "--accumulate"),
     "a band upside down": ("distill --config tiny --band_first 40 --band_last 20", "--band_first"),
+    "hyphens": ("distill --config tiny --band-first 40 --band-last 20", "--band_first"),
     "clips too short": ("distill --config tiny --clip_latents 12", "--clip_latents"),
     "a network that does not fit": ("distill --config tiny --size 40", "multiple of twice patch"),
     "an unknown window": ("distill --config tiny --sync_window wide", "on, off, reversed or all"),
