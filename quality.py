@@ -235,7 +235,7 @@ def front_figure(path, rows):
                       ("steps", sorted((r for r in taught if r["guidance"] == 1), key=lambda r: r["steps"]))):
         axis.plot([r["sync_c"] for r in line], [r["psnr"] for r in line], marker="o", ms=4, label=f"teacher, by {key}")
         for row in line:
-            axis.annotate(f" {row[key]:g}", (row["sync_c"], row["psnr"]), fontsize=8)
+            axis.annotate(f"{row[key]:g}", (row["sync_c"], row["psnr"]), (5, -9 if key == "guidance" else 4), textcoords="offset points", fontsize=8)
     if "student" in rows:
         axis.plot(rows["student"]["sync_c"], rows["student"]["psnr"], "r*", ms=12, label="student")
     axis.axvline(rows["truth"]["sync_c"], color="gray", lw=.8, label="the truth's Sync-C")

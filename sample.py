@@ -312,7 +312,7 @@ def dub_file(model, cfg):
         for dub in stream(model, squares(), audio, seed=cfg.seed):
             for made in dub:
                 put(paste(kept.pop(0), made, box, mask).numpy())
-    print(f"{cfg.out}: {total} frames, {width}x{height}, in {time.time() - begun:.1f} s ({total / (time.time() - begun):.0f} frames a second)",
+    print(f"{cfg.out}: {total} frames, {width}x{height}, in {time.time() - begun:.1f} s (files and all, {total / (time.time() - begun):.0f} frames a second)",
           file=sys.stderr if cfg.out == "-" else sys.stdout)
 
 
@@ -387,7 +387,7 @@ def main(argv):
         return dub_file(model, cfg)
     pair = data.dub_pair(1000 + cfg.seed, 96, model.cfg.size)
     side_by_side(cfg.out, model, [pair], cfg.seed)
-    print(f"{cfg.out}: source | dub | truth, 3.84 s, a face and a voice that training never saw; {Path(cfg.out).with_suffix('.png')}: moments of it")
+    print(f"{cfg.out}: source | dub | truth, 3.84 s, a face and a voice that training never saw; {Path(cfg.out).with_suffix('.png')}: moments of it, in rows")
 
 
 if __name__ == "__main__":
