@@ -378,7 +378,7 @@ BENCHES = {"speed": (Speed, speed), "cost": (Cost, cost), "attention": (Attentio
 def main(argv):
     if argv and argv[0] in BENCHES:
         options, bench = BENCHES[argv[0]]
-        return bench(data.options(options, argv[1:], __doc__))
+        return bench(data.options(options, argv[1:], sys.modules[bench.__module__].__doc__))
     if not argv or argv[0] in ("-h", "--help"):
         return print(__doc__)
     raise Fail(f"{argv[0]}: no such bench; one of {', '.join(BENCHES)}")

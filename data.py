@@ -250,10 +250,10 @@ class Samples:
 
 
 # ----------------------------------------------------------------------------------------------------- real video files
-def ffmpeg_lines(stderr):
-    """The last line of ffmpeg's complaint, which is the one that says what is wrong."""
-    lines = [line for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "ffmpeg gave no reason"
+def reason(complaint):
+    """What ffmpeg's complaint says is wrong: there is no such stream, or its last line."""
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()] or ["ffmpeg gave no reason"]
+    return "it has none" if re.search("matches no streams|not contain any stream", complaint) else lines[-1]
 
 
 def need_file(path):
@@ -271,7 +271,7 @@ class Sound:
         done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path), "-map", "0:a:0", "-ac", "1", "-ar", str(RATE),
                                "-f", "f32le", "-"], stdout=self.file, stderr=subprocess.PIPE)
         if done.returncode:
-            raise Fail(f"{path}: no sound could be read ({ffmpeg_lines(done.stderr)}); give a file with sound, --audio X.wav for instance")
+            raise Fail(f"{path}: no sound could be read ({reason(done.stderr.decode(errors='replace'))}); give a file with sound, --audio X.wav for instance")
         self.samples = self.file.seek(0, os.SEEK_END) // 4
         if not self.samples:
             raise Fail(f"{path}: its sound is empty (0 samples)")
@@ -316,8 +316,7 @@ def picture_seconds(path, limit):
 
 
 def no_picture(path, e):
-    reason = ["it has none"] if re.search("matches no streams|not contain any stream", str(e)) else str(e).strip().splitlines()
-    return Fail(f"{path}: no picture could be read ({reason[-1].strip() if reason else 'no frames'}); give a video file, mp4 for instance")
+    return Fail(f"{path}: no picture could be read ({reason(str(e))}); give a video file, mp4 for instance")
 
 
 def read_video(path):
@@ -335,7 +334,7 @@ def read_video(path):
     finally:
         reader.close()
     if raw is None:
-        raise no_picture(path, "")
+        raise no_picture(path, "no frames")
 
 
 def square(frame, size, box=None):

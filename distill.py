@@ -48,7 +48,7 @@ class Config(nn_model.Config):
     sync_batch: int = 16
     judge_clips: int = 2000         # people at most that only the judge learns from
     # teacher
-    coarse_steps: int = 0           # before these, with patches twice as large and t_shift's and weight_clip's defaults: timing at less than half of the price
+    coarse_steps: int = 0           # before these, with patches twice as large and t_shift's and weight_clip's defaults: timing at half of the price
     teacher_steps: int = 3000
     start: str = ""                 # a teacher's checkpoint to go on from: its weights, where the shapes are the same
     teacher_batch: int = 16

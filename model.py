@@ -39,7 +39,7 @@ class Config:
     window: int = 6             # latest latent frames attended to, the chunk included (paper: 6)
     audio_back: int = 16        # mel frames (10 ms) heard before a latent frame's own 16
     audio_ahead: int = 12       # and after: the look-ahead, 120 ms, part of the latency
-    zero = ("seed", "sink", "audio_back", "audio_ahead", "band_first")      # may be 0
+    zero = ("seed", "sink", "audio_back", "audio_ahead", "band_first")      # options that may be 0, those of distill.Config included
 
 
 SIZES = {
@@ -124,7 +124,7 @@ def attend_chunks(q, k, v, rope, cfg):
 class Cache:
     """Keys (before RoPE) and values of what the next chunk sees of the past, per block. Fixed memory: sink + window - chunk latent
     frames, however long the video. A pass at t = 0 stores a finished chunk; the chunk after it may come along in
-    the same pass, and sees what was just stored. Other passes only read.
+    the same pass, and sees what was just stored. (Or the last denoising pass stores its own.) Other passes only read.
 
     With a sink of 1 and a window of 6, chunk 2 (latent frames 6-8) finds [0, 3, 4, 5] here; once it is stored, of those and its own, places
     0 and 4-6 are kept: [0, 6, 7, 8], for chunk 3.

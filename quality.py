@@ -50,7 +50,7 @@ def checkpoint(cfg, name):
     bundled = Path(__file__).parent / "weights" / cfg.config / f"{name}.pt"
     path = Path(cfg.weights) / bundled.name if cfg.weights else bundled
     if not path.parent.is_dir():
-        raise Fail(f"--weights {path.parent}: no such folder")
+        raise Fail(f"{path.parent}: no such folder; --weights names one that holds a student.pt or teacher.pt, out/tiny for instance")
     if name != "student" and not path.is_file():
         student = path.with_name("student.pt")
         named = student.is_file() and runtime.load(student, "dit")["made_with"]["teacher"]

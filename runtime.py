@@ -285,10 +285,10 @@ class Log:
         titles = dict(loss="loss", norm="gradient norm", critic_loss="critic's loss", sharp="sharp (the truth: 1)",
                       sync_c="Sync-C by the judge", reward_c="Sync-C by the reward network", psnr="mouth PSNR (dB)", landmark="landmark error (%)")
         for axis, key in zip(axes.flat, titles):
-            for stage in dict.fromkeys(r["stage"] for r in rows):
+            for i, stage in enumerate(dict.fromkeys(r["stage"] for r in rows)):
                 points = [(r["step"] / max(q["step"] for q in rows if q["stage"] == stage), r[key]) for r in rows if r["stage"] == stage and key in r]
                 if points:
-                    axis.plot(*zip(*points), label=stage, marker="." if len(points) < 40 else None)
+                    axis.plot(*zip(*points), label=stage, color=f"C{i}", marker="." if len(points) < 40 else None)
             axis.set(title=titles[key], xlabel="share of the stage")
             if axis.lines:
                 axis.legend()

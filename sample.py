@@ -3,7 +3,7 @@
     python sample.py                                            # a held-out drawn face and voice: out/dub.mp4
     python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4
     python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128 --weights out/tiny/student.pt
-    python sample.py --video IN.mp4 --audio IN.wav --out - | ffplay -f rawvideo -pixel_format rgb24 -video_size 640x480 -framerate 25 -
+    python sample.py --video IN.mp4 --audio IN.wav --out - | ffplay -f rawvideo -pixel_format rgb24 -video_size 640x480 -framerate 25 -    # IN.mp4's size
 
 From Python (frames come as soon as they are made; source and audio may be longer than memory):
 
@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import os
 import sys
 import tempfile
 import time
@@ -373,8 +374,10 @@ class Options:
 
 def main(argv):
     cfg = data.options(Options, argv, __doc__)
-    if (cfg.audio or cfg.out == "-") and not cfg.video:
-        raise Fail("--audio or --out - without --video: which recording should it dub?")
+    if (cfg.audio or cfg.box or cfg.out == "-") and not cfg.video:
+        raise Fail("--audio, --box or --out - without --video: which recording should it dub?")
+    if os.path.exists(cfg.out) and any(os.path.samefile(cfg.out, given) for given in (cfg.video, cfg.audio) if os.path.exists(given)):
+        raise Fail(f"--out {cfg.out} is what is to be dubbed; choose another name")
     device = runtime.find_device(cfg.device)
     path = syncnet.find_weights("student", cfg.weights)
     model = load_dit(path, device, runtime.fast_dtype(device))
