@@ -105,6 +105,7 @@ class Quality:
     weights: str = ""       # folder of student.pt, or teacher.pt, or both; what is not there, and the experts, are else those in weights/CONFIG
     set: str = "dub"        # dub: other words, same voice; self: its own; cross: another person's voice and tempo; all of them
     clips: int = 64
+    teacher: bool = True    # measure it, not the student alone, which takes a tenth of the time
     front: bool = True      # the teacher at other guidance and fewer steps too (dub only)
     device: str = ""
     threads: int = 0
@@ -184,7 +185,7 @@ def quality_of(kind, cfg, networks, judge, device):
     clips = list(clips_of(kind, cfg.clips, size))
     pairs, audio = data.Pairs.of([c[:2] for c in clips], device), [c[1].audio for c in clips]
     source, truth, mel, _ = pairs
-    rows, many, frames = {}, cfg.front and kind == "dub", 4 * latents
+    rows, many, frames = {}, cfg.teacher and cfg.front and kind == "dub", 4 * latents
 
     def add(name, dub, speed=(None, None), **settings):
         rows[name] = dict(settings, fps=speed[0], ttff_s=speed[1])
@@ -208,20 +209,22 @@ def quality_of(kind, cfg, networks, judge, device):
     add("truth, other detail", torch.stack([c[2].video for c in clips]).to(device))
     if many:
         add("truth, mean of 16 details", torch.stack([best_blur(i, size) for i in range(cfg.clips)]).to(device))
-    front = {scale: teach(steps, scale) for scale in ((1., 1.5, 2., 3., 4.5, 6.) if many else (1., 1.5, 2.))}
-    best = max(front, key=lambda scale: rows[name_of(steps, scale)]["sync_c"])
-    for few in (1, 2, 5, 10) if many else ():
-        teach(few, 1.)
-    named = dict(truth="truth", teacher=name_of(steps, 1), teacher_guided=name_of(steps, best))
-    videos = [source, front[1.], front[best], truth]
+    named, videos = dict(truth="truth"), [source]
+    if cfg.teacher:
+        front = {scale: teach(steps, scale) for scale in ((1., 1.5, 2., 3., 4.5, 6.) if many else (1., 1.5, 2.))}
+        best = max(front, key=lambda scale: rows[name_of(steps, scale)]["sync_c"])
+        for few in (1, 2, 5, 10) if many else ():
+            teach(few, 1.)
+        named.update(teacher=name_of(steps, 1), teacher_guided=name_of(steps, best))
+        videos += [front[1.], front[best]]
     if student is not None:
-        videos.insert(3, dubbed_by(lambda s, m: sample.dub_student(student, s, m)))
-        one = source[0].cpu()
+        dub, one = dubbed_by(lambda s, m: sample.dub_student(student, s, m)), source[0].cpu()
         list(sample.stream(student, one[:frames], audio[0]))
-        add("student", videos[3], sample.clock(sample.stream(student, one, audio[0]), device), steps=len(student.times or sample.TIMES), guidance=1.)
+        videos.append(dub)
+        add("student", dub, sample.clock(sample.stream(student, one, audio[0]), device), steps=len(student.times or sample.TIMES), guidance=1.)
         named["student"] = "student"
     table(kind, rows)
-    sheet(f"{cfg.out}/quality-{cfg.config}-{kind}.png", [v.cpu() for v in videos])
+    sheet(f"{cfg.out}/quality-{cfg.config}-{kind}.png", [v.cpu() for v in videos + [truth]])
     if many:
         front_figure(f"{cfg.out}/front-{cfg.config}.png", rows)
     return dict(rows={name: rows[row] for name, row in named.items()}, ceiling=rows["truth, other detail"], all=rows)

@@ -45,6 +45,9 @@ def test_quality_ends_in_json(capsys, tmp_path, tiny, expert, cfg):
     assert set(result["offsets"]) == {"judge", "syncnet"} and result["offsets"]["judge"]["clean"] == 1          # with the sign wrong: 0
     assert result["contrast"]["judge"] > 1.5
     assert (tmp_path / "quality-tiny-dub.png").is_file()
+    bench.main(["quality", "--config", "tiny", "--clips", "2", "--teacher", "0", "--weights", str(tmp_path), "--out", str(tmp_path)])
+    alone = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert set(alone) == {"truth", "student"} and alone["student"]["psnr"] == pytest.approx(rows["student"]["psnr"], abs=.01)
 
 
 def test_seams_and_blur_are_seen():
