@@ -78,6 +78,7 @@ class Config(nn_model.Config):
     critic_updates: int = 5         # critic updates to one of the student (paper: 5)
     dmd_shift: float = 1.5          # times at which teacher and critic are asked are uniform, then shifted: the lower, the sharper (paper: 5)
     dmd_edges: float = 6.           # and the same weight in DMD's gradient: the higher, the sharper (paper: 0)
+    dmd_view: float = .3            # weight of how differently the expert sees dub and truth: keeps the mouth's shape while DMD sharpens (paper: 0)
     guidance: float = 2.            # teacher's, inside the window (paper: 4.5)
     sync_window: str = "on"         # teacher is guided in the window: on, off (no guidance), reversed, all (guided everywhere)
     band_first: int = 20            # j of the 50-step grid (paper: 20)
@@ -111,9 +112,9 @@ OWN = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_ba
        "teacher": "coarse_steps teacher_steps start teacher_batch teacher_lr muon_lr t_shift weight_clip audio_drop teacher_ema".split()}
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1400, teacher_lr=3e-3, teacher_ema=.995,
-                 init_steps=100, init_lr=5e-4, dmd_steps=30, student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
+                 init_steps=100, init_lr=5e-4, dmd_steps=30, dmd_view=0., student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
     "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, coarse_steps=5000, teacher_steps=5000, t_shift=3.5,
-                  weight_clip=4., teacher_ema=.999, init_steps=400),
+                  weight_clip=4., teacher_ema=.999, init_steps=400, dmd_steps=80),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),
 }
@@ -324,6 +325,9 @@ def train_dmd(cfg, teacher, student, samples, reward, judge, watch, device):
                     fake = critic(x_t, t, critic.embed_cond(batch.source, batch.reference), critic.embed_audio(batch.heard)).float()
                 weight, c = reward_weights(reward, data.picture(X.detach(), batch.source, cfg.patch), batch.mel, cfg)
                 loss = dmd_loss(X, sharpen(dmd_gradient(fake, real, X.detach()), cfg.dmd_edges, student), weight)
+                if cfg.dmd_view:                                 # as the first DMD's regression (arXiv 2311.18828), in the expert's eyes
+                    with mixed(device):
+                        loss = loss + cfg.dmd_view * seen_differently(reward, X, batch)
                 (loss / cfg.accumulate).backward()
             t = draw_t()
             with mixed(device):

@@ -380,6 +380,7 @@ VARIANTS = {
     "landing 30 (paper)": dict(landing=30),
     "dmd shift 5 (paper)": dict(dmd_shift=5.),
     "no edges in dmd (paper)": dict(dmd_edges=0.),
+    "no view in dmd (paper)": dict(dmd_view=0.),
     "noisy chunks only in init (paper)": dict(init_clean=0.),
     "cache from the last denoising pass": dict(cache="last"),
     "1 step": dict(student_steps=1),

@@ -200,6 +200,16 @@ def test_edges_and_view_come_in_when_they_should(cfg, samples, tiny, expert, tmp
         assert [0 if v is None else v.grad.item() / cfg.view for v in views] == pytest.approx(views_then)
 
 
+def test_dmd_looks_with_the_experts_eyes(cfg, samples, tiny, expert, tmp_path, monkeypatch):
+    """Once an update, at the student's own clip and with gradient; not at all without --dmd_view."""
+    watch, seen, look = data.held_out(1, cfg.size, "watch", CPU, latents=6), [], distill.seen_differently
+    monkeypatch.setattr(distill, "seen_differently", lambda reward, X, batch: (seen.append(X.requires_grad), look(reward, X, batch))[1])
+    for weight, expected in ((0., []), (.3, [True, True])):
+        c = dataclasses.replace(cfg, out=str(tmp_path), dmd_view=weight)
+        distill.train_dmd(c, copy.deepcopy(tiny), copy.deepcopy(tiny), samples, expert, expert, watch, CPU)
+        assert seen == expected
+
+
 def test_samples_are_cut_anew(cfg):
     bank = data.Bank(cfg.size, 4 * cfg.clip_latents, 2)
     video = bank.video.clone()
