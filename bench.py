@@ -4,7 +4,7 @@
     python bench.py speed --config small --threads 1
     python bench.py attention --config small    # the causal clip: a call a chunk, against one call with a mask, and flex_attention
     python bench.py cost --config base          # parameters, memory and arithmetic, counted, not timed
-    python bench.py quality --config small      # the judge's table, see quality.py
+    python bench.py quality --config small      # the judge's table, see quality.py; --front 0: fewer rows of the teacher, --teacher 0: none
     python bench.py long --config small         # three minutes streamed
     python bench.py ablate --config small       # the distillation with one thing changed at a time
 

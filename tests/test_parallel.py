@@ -29,11 +29,12 @@ def step_of(folder):
     return torch.load(folder / "teacher.pt", weights_only=True)["model"], norm
 
 
-def test_two_processes_at_half_batch_take_the_same_step(tmp_path, monkeypatch):
+def test_two_processes_at_half_batch_take_the_same_step(tmp_path, monkeypatch, capsys):
     """One step of the real command, alone, by torchrun with two processes (the same weights, to rounding), and with --accumulate 2."""
     monkeypatch.setattr(runtime, "fast_dtype", lambda device: torch.float32)
     distill.main([*TINY, "--out", str(tmp_path / "one")])
     distill.main([*TINY, "--out", str(tmp_path / "parts"), "--accumulate", "2"])
+    assert capsys.readouterr().out.count("results in") == 2 and distill.ranks() == (0, 1)
     (tmp_path / "run.py").write_text(SCRIPT.format(root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "run.py"), *TINY, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
