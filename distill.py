@@ -113,7 +113,7 @@ OWN = {"syncnet": ["sync_steps", "sync_batch"], "judge": ["sync_steps", "sync_ba
 PRESETS = {
     "tiny": dict(SIZES["tiny"], clips=192, table_clips=16, eval_clips=8, sync_steps=260, teacher_steps=1400, teacher_lr=3e-3, teacher_ema=.995,
                  init_steps=100, init_lr=5e-4, dmd_steps=30, dmd_view=0., student_lr=1e-4, critic_lr=2e-4, student_ema=.9),
-    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, coarse_steps=5000, teacher_steps=5000, t_shift=3.5,
+    "small": dict(SIZES["small"], clips=5000, clip_latents=18, sync_steps=900, coarse_steps=3500, teacher_steps=4500, t_shift=3.5,
                   weight_clip=4., teacher_ema=.999, init_steps=400, dmd_steps=80),
     "base": dict(SIZES["base"], teacher_steps=40000, teacher_batch=32, teacher_lr=3e-4, teacher_ema=.9995, init_steps=1500,
                  dmd_steps=400, dmd_batch=16),

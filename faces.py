@@ -50,6 +50,7 @@ PHONES = {
 VOWELS, CONSONANTS = "aeiou@", "mbpfvszStdnlkgwr"
 ASIDE = .15             # the mouth mask leaves out this share of the picture at either side
 ZOOM, LIFT = 1.2, .15   # the camera is this near and looks this far down (in halves of the picture): the mouth gets the pixels
+SWAY = .3               # and follows the head, but for this share of how it moves: what an alignment by landmarks (LatentSync) leaves over; 1: it stands still
 
 
 def smooth(x, sigma):
@@ -194,10 +195,10 @@ def draw(seed, frames, size, text=None, voice=None, detail=None, speed=1.):
     # Background and head pose. Everything on the head is drawn in its own coordinates x, y; u is x turned by the yaw.
     px, py = axis.expand(size, size)[None] / ZOOM, axis[:, None].expand(size, size)[None] / ZOOM + LIFT
     img[:] = torch.lerp(colour(p["back"][0]), colour(p["back"][1]), ((py + .6 * px) * .35 + .5).clamp(0, 1)[None])
-    roll, scale = column(.05 * wander(rng, t, .05, .6)), column(1 + .02 * wander(rng, t, .05, .4))
-    dx, dy = px - column(.03 * wander(rng, t, .05, .7)), py - column(.025 * wander(rng, t, .05, .8))
+    roll, scale = column(SWAY * .05 * wander(rng, t, .05, .6)), column(1 + SWAY * .02 * wander(rng, t, .05, .4))
+    dx, dy = px - column(SWAY * .03 * wander(rng, t, .05, .7)), py - column(SWAY * .025 * wander(rng, t, .05, .8))
     x, y = (dx * roll.cos() + dy * roll.sin()) / scale, (dy * roll.cos() - dx * roll.sin()) / scale
-    yaw, pitch = column(.05 * wander(rng, t, .05, .5)), column(.02 * wander(rng, t, .05, .6))
+    yaw, pitch = column(SWAY * .05 * wander(rng, t, .05, .5)), column(SWAY * .02 * wander(rng, t, .05, .6))
     u, v = x - yaw, y - pitch
     opening = column(lips[:, 0] * p["strength"])
     # The jaw: below the nose the face is stretched down as the mouth opens.
