@@ -50,7 +50,7 @@ PHONES = {
 VOWELS, CONSONANTS = "aeiou@", "mbpfvszStdnlkgwr"
 ASIDE = .15             # the mouth mask leaves out this share of the picture at either side
 ZOOM, LIFT = 1.2, .15   # the camera is this near and looks this far down (in halves of the picture): the mouth gets the pixels
-SWAY = .3               # and follows the head, but for this share of how it moves: what an alignment by landmarks (LatentSync) leaves over; 1: it stands still
+SWAY = .3               # and follows the head, as if it were aligned by landmarks, but for this share of its motion; 1: the camera stands still
 
 
 def smooth(x, sigma):
