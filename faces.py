@@ -195,10 +195,11 @@ def draw(seed, frames, size, text=None, voice=None, detail=None, speed=1.):
     # Background and head pose. Everything on the head is drawn in its own coordinates x, y; u is x turned by the yaw.
     px, py = axis.expand(size, size)[None] / ZOOM, axis[:, None].expand(size, size)[None] / ZOOM + LIFT
     img[:] = torch.lerp(colour(p["back"][0]), colour(p["back"][1]), ((py + .6 * px) * .35 + .5).clamp(0, 1)[None])
-    roll, scale = column(SWAY * .05 * wander(rng, t, .05, .6)), column(1 + SWAY * .02 * wander(rng, t, .05, .4))
-    dx, dy = px - column(SWAY * .03 * wander(rng, t, .05, .7)), py - column(SWAY * .025 * wander(rng, t, .05, .8))
+    sway = lambda amount, fastest, around=0: column(around + SWAY * amount * wander(rng, t, .05, fastest))     # noqa: E731
+    roll, scale = sway(.05, .6), sway(.02, .4, around=1)
+    dx, dy = px - sway(.03, .7), py - sway(.025, .8)
     x, y = (dx * roll.cos() + dy * roll.sin()) / scale, (dy * roll.cos() - dx * roll.sin()) / scale
-    yaw, pitch = column(SWAY * .05 * wander(rng, t, .05, .5)), column(SWAY * .02 * wander(rng, t, .05, .6))
+    yaw, pitch = sway(.05, .5), sway(.02, .6)
     u, v = x - yaw, y - pitch
     opening = column(lips[:, 0] * p["strength"])
     # The jaw: below the nose the face is stretched down as the mouth opens.
