@@ -228,7 +228,7 @@ def rollout(model, fast, cond, audio, call, times, device):
             x0 = model(x, times[call], part, heard, cache=cache).float()
         outputs.append(x0)
         kept, t = x0.detach(), 0.
-        if fast.cache_from == "last":            # at inference: what goes into the last call; stopped before it, what would have gone into it
+        if fast.cache_from == "last":            # what goes into the last call; if the rollout stops earlier, this guess, noised as for that call
             if call < len(times) - 1:
                 x = add_noise(kept, noise_like(x0), times[-1])
             kept, t = x, times[-1]

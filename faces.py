@@ -50,7 +50,7 @@ PHONES = {
 VOWELS, CONSONANTS = "aeiou@", "mbpfvszStdnlkgwr"
 ASIDE = .15             # the mouth mask leaves out this share of the picture at either side
 ZOOM, LIFT = 1.2, .15   # the camera is this near and looks this far down (in halves of the picture): the mouth gets the pixels
-SWAY = .3               # and follows the head, as if it were aligned by landmarks, but for this share of its motion; 1: the camera stands still
+SWAY = .3               # share of their motion that heads keep, since a camera (or an alignment by landmarks) follows them; 1: it stands still
 
 
 def smooth(x, sigma):
@@ -132,7 +132,7 @@ class Clip(NamedTuple):
 
 
 def person(seed):
-    """A seeded identity: colours (RGB in 0..1), shapes in units of half the picture, and a way of speaking."""
+    """A seeded identity: colours (RGB in 0..1), shapes in units of half the picture before ZOOM, and a way of speaking."""
     rng = np.random.default_rng([seed, 3])
     u = rng.uniform
     tone = u()
@@ -264,7 +264,7 @@ def draw_eyes(paint, rows, u, v, shade, k, p, column, colour, blink, gaze, yaw):
 
 def draw_mouth(paint, rows, u, v, shade, k, p, column, colour, lips, fine, t):
     """Lips, teeth and tongue on the head's coordinates u, v (T, rows, S). Returns the mouth's width (T, 1, 1), as a
-    fraction of the picture's side; its inner opening is .155 * lips' opening * strength of it."""
+    fraction of the picture's side before ZOOM; its inner opening is .155 * lips' opening * strength of it."""
     opening, wide, rounding = (column(lips[:, i]) for i in range(3))
     # What the sound leaves open: how much of the teeth and the tongue shows, and how the mouth sits: aside, aslant, in a smile.
     teeth = column(np.clip(lips[:, 3] * p["show"] + .3 * wander(fine, t, .3, 3.), 0, 1.2))

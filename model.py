@@ -6,7 +6,7 @@ A token covers 4 frames x p x p pixels, P = 12 p p values; L = T/4 latent frames
 1 x 2 x 2: 4 x 16 x 16 pixels.) The network sees the pixels and predicts the clean video x0 (arXiv 2511.13720 shows that to work).
 
 The mouth mask lies in the lower half of the square, so only that is cut into tokens, noised and denoised, less the columns of
-patches that the mask does not touch (`data.inner`): x is (B, L, N, P). A token's input is three things side by side: its noisy
+patches that the mask does not touch (`data.inner`): x is (B, L, N, P). A token is the sum of three embeddings: its noisy
 patch; the source there, the mouth hidden, and half a square above it (for the pose); a reference, the same person at another
 moment, in both places. The output is composited with the source outside the mask, where the answer is known.
 """
