@@ -97,9 +97,9 @@ def teacher_flops(cfg, latents):
     return 3 * one - entry + 2 * conditions
 
 
-def muon_flops(matrices):
+def muon_flops(muon):
     """An update of Muon, beside the model's own work: five Newton-Schulz steps of X (n, m), n <= m, each A = X X^T, A A and a product with X."""
-    return sum(5 * (4 * n * n * m + 2 * n ** 3) for n, m in (sorted(x.shape) for x in matrices))
+    return sum(5 * (4 * n * n * m + 2 * n ** 3) for group in muon.param_groups for n, m in (sorted(x.shape) for x in group["params"]))
 
 
 def passes(model, clip, device, rounds):
@@ -164,7 +164,7 @@ def training(recipe, device, peak):
     # the student's backward, the teacher (twice where it is guided) and the critic's guess.
     rollout, guided = .5 * (1 + len(cfg.times)) * one + one - head + conditions, (cfg.band_last - cfg.band_first) / 50
     update = cfg.critic_updates * (rollout + step) + (2 * one - entry + conditions) + (1 + guided) * one + one + 2 * conditions
-    rate, muon = step * cfg.teacher_batch / teacher_s / 1e9, muon_flops(runtime.muon_and_adam(net, cfg)[0].param_groups[0]["params"])
+    rate, muon = step * cfg.teacher_batch / teacher_s / 1e9, muon_flops(runtime.muon_and_adam(net, cfg)[0])
     return dict(teacher_step_s=teacher_s, teacher_view_step_s=view_s, student_update_s=update_s, mfu=rate / peak,
                 mfu_counting_muon=(rate + muon / teacher_s / 1e9) / peak, student_update_mfu=update * cfg.dmd_batch / update_s / peak / 1e9)
 

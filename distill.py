@@ -36,6 +36,7 @@ class Config(nn_model.Config):
     teacher: str = ""               # a teacher's checkpoint to distil from
     folder: str = ""                # train on the mp4s in this folder instead of drawn clips
     device: str = ""
+    precision: str = ""             # float32 or bfloat16; what the device multiplies fastest if not given
     seed: int = 0
     # data
     clips: int = 700                # drawn clips in memory
@@ -99,7 +100,7 @@ class Config(nn_model.Config):
 def down_to(last):
     """The fields of Config down to `last`, less those that say where, not what."""
     names = [f.name for f in dataclasses.fields(Config)]
-    return [n for n in names[: names.index(last) + 1] if n not in ("stage", "out", "device", "teacher", "eval_clips", "table_clips")]
+    return [n for n in names[: names.index(last) + 1] if n not in ("stage", "out", "device", "precision", "teacher", "eval_clips", "table_clips")]
 
 
 # The fields that a result depends on.
@@ -423,7 +424,7 @@ def set_up(cfg):
         raise Fail(f"--teacher {cfg.teacher}: its stage is {was}, and a causal student cannot teach; name a teacher.pt")
     for batch in (cfg.teacher_batch, cfg.init_batch, cfg.dmd_batch):
         part_of(batch, cfg)
-    return runtime.find_device(cfg.device)
+    return runtime.find_device(cfg.device, cfg.precision)
 
 
 def main(argv):

@@ -368,6 +368,7 @@ class Options:
     box: str = ""  # X,Y,SIDE of the face in pixels; the centred square if not given
     weights: str = ""  # a student's checkpoint; else the bundled one, else what distill.py made last
     device: str = ""  # cuda, mps or cpu; the best there is if not given
+    precision: str = ""  # float32 or bfloat16; what the device multiplies fastest if not given
     seed: int = 0
     compile: bool = False  # torch.compile, with CUDA graphs on a GPU: takes a minute or so before it pays
 
@@ -378,7 +379,7 @@ def main(argv):
         raise Fail("--audio, --box or --out - without --video: which recording should it dub?")
     if os.path.exists(cfg.out) and any(os.path.samefile(cfg.out, given) for given in (cfg.video, cfg.audio) if os.path.exists(given)):
         raise Fail(f"--out {cfg.out} is what is to be dubbed; choose another name")
-    device = runtime.find_device(cfg.device)
+    device = runtime.find_device(cfg.device, cfg.precision)
     path = syncnet.find_weights("student", cfg.weights)
     model = load_dit(path, device, runtime.fast_dtype(device))
     if model.stage == "teacher":

@@ -164,4 +164,4 @@ def test_cost_counts_what_is_there(capsys):
         p.grad = torch.ones_like(p)
     with FlopCounterMode(display=False) as counted:
         muon.step()
-    assert bench.muon_flops(muon.param_groups[0]["params"]) == counted.get_total_flops()
+    assert bench.muon_flops(muon) == counted.get_total_flops()

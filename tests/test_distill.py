@@ -327,3 +327,20 @@ def test_a_bundled_teacher_does_not_swallow_options(tmp_path):
     assert distill.coarse_config(small).patch == 16 and distill.coarse_config(dataclasses.replace(small, start="other.pt")) is None
     own = dataclasses.replace(small, folder="clips")             # recorded people: only the judge stays
     assert [distill.locate(name, own) is None for name in ("teacher", "syncnet", "judge")] == [True, True, False]
+
+
+@pytest.mark.parametrize("precision, close", [("bfloat16", 1e-6), ("float32", .05)])
+def test_muon_is_torchs_in_batches(monkeypatch, precision, close):
+    """The same updates as torch.optim.Muon, which multiplies in bf16; in float32 within what bf16 rounds."""
+    monkeypatch.setattr(runtime, "PRECISION", precision)
+    ours = [torch.randn(shape, requires_grad=True) for shape in ((24, 24), (24, 72), (72, 24), (24, 24))]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    muons = runtime.Muon(ours, .02), torch.optim.Muon(theirs, .02, weight_decay=.01)
+    for _ in range(3):
+        for mine, torchs in zip(ours, theirs):
+            mine.grad = torch.randn_like(mine)
+            torchs.grad = mine.grad.clone()
+        for muon in muons:
+            muon.step()
+    for mine, torchs in zip(ours, theirs):
+        assert (mine - torchs).abs().max() < close * .02
