@@ -1,24 +1,20 @@
-"""The speed numbers in the README. The last line is one JSON object, for other programs; figures go to out/bench/.
+"""Every number and figure in the README. The last line is one JSON object; figures in out/bench/.
 
-    python bench.py speed --config tiny         # frames a second, time to the first frame, each pass, training steps, memory
-    python bench.py speed --config small --threads 1
-    python bench.py attention --config small    # the causal clip: a call a chunk, against one call with a mask, and flex_attention
-    python bench.py cost --config base          # parameters, memory and arithmetic, counted, not timed
-    python bench.py quality --config small      # the judge's table, see quality.py; --front 0: fewer rows of the teacher, --teacher 0: none
-    python bench.py long --config small         # three minutes streamed
-    python bench.py ablate --config small       # the distillation with one thing changed at a time
+    python bench.py speed --config tiny         # frames a second, time to the first one, training
+    python bench.py quality --config small      # the judge's table: truth, teacher, student
+    python bench.py long --config small         # three minutes streamed, and other caches
+    python bench.py ablate --config tiny        # the distillation with one thing changed at a time
+    python bench.py attention --config small    # three ways to attend causally over a clip
 
-FPS: frames out over wall time, everything from raw pixels and samples to uint8 frames in host memory included. TTFF: from the
-moment the first chunk's pixels and samples are in memory to its first frame as uint8. One stream, batch 1. Speed does not depend
-on what the weights have learned, so they are random here.
+FPS: frames out over wall time, everything from raw pixels and samples to uint8 frames in host
+memory included. TTFF: from the moment the first chunk's pixels and samples are in memory to its
+first frame as uint8. One stream, batch 1. Quality is measured on held-out people by the judge.
 """
-import contextlib
+
 import copy
 import dataclasses
-import io
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,361 +24,388 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import data
 import distill
-import model as nn_model
+import model
 import runtime
 import sample
 import syncnet
-from data import Fail, patchify, to_float, to_uint8
-from model import Cache, Config, DiT
-from quality import Ablate, Long, Quality, ablate, about, long, quality, start
-from runtime import mixed
+from faces import FPS, RATE, SPLITS, Clip, draw, dub_pair, mouth_mask
+from model import load_dit
+from runtime import Fail, opt
+from syncnet import features, frechet, load_syncnet, measures
+
+COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
+WINDOW = 10  # seconds of a long stream that are measured together
 
 
 @dataclasses.dataclass
-class Speed:
-    config: str = "tiny"
-    size: int = 0           # side of the square in pixels; 0: the config's
-    patch: int = 0          # and of a token
-    device: str = ""
-    threads: int = 0        # CPU threads; 0: as many as torch takes
-    rounds: int = 5         # times that each row is measured, taking turns
-    seconds: float = 3.84   # of video in each
-    training: bool = True   # time training steps too
-    compile: bool = False   # a row for the student under torch.compile, with CUDA graphs on a GPU
-    memory: bool = True     # and the peak memory of dubbing 30 and 180 seconds
-    chunks: int = 300       # in the figure, at least 104
-    seed: int = 0
-    zero = ("seed", "threads", "size", "patch")
-    out: str = "out/bench"
+class Options:
+    config: str = opt("small", "preset", ("tiny", "small"))
+    weights: str = opt(
+        "", "folder of teacher.pt, student.pt, judge.pt; weights/CONFIG if not given"
+    )
+    out: str = opt("out/bench", "folder of the figures")
+    device: str = opt("", "cuda, mps or cpu; the best there is if not given")
+    precision: str = opt("", *runtime.PRECISIONS)
+    seed: int = opt(0, least=0)
+    rounds: int = opt(5, "speed, attention: times that each row is measured, taking turns")
+    compile: str = opt("off", "speed: the compiled student, too", ("on", "off"))
+    set: str = opt(
+        "dub", "quality: other words, own, or in another voice", ("dub", "self", "cross")
+    )
+    clips: int = opt(64, "quality, ablate: people", least=2)
+    teacher: str = opt("all", "quality: of its rows, guidance 1, 1.5, 2", ("all", "few", "none"))
+    seconds: int = opt(180, "long: of each stream")
+    people: int = opt(4, "long: streams, averaged: what is left are differences of time, not words")
+    only: str = opt("", "ablate: rows whose names hold one of these words, with commas between")
+    seeds: int = opt(1, "ablate: trainings of each row")
 
 
+def checkpoint(cfg, name):
+    """NAME.pt in the folder --weights. A teacher or judge that is not there is the one that the
+    student there was distilled beside: where its --teacher lies, or bundled."""
+    bundled = Path(__file__).parent / "weights" / cfg.config
+    folder = Path(cfg.weights or bundled)
+    places = [folder]
+    if name != "student" and (folder / "student.pt").is_file():
+        options = runtime.load(folder / "student.pt", "dit").get("options", {})
+        places += [Path(options["teacher"]).parent] if options.get("teacher") else []
+    for path in [place / f"{name}.pt" for place in (*places, bundled)]:
+        if path.is_file() and (name != "student" or path.parent == folder):
+            print(f"{name}: {path}", file=sys.stderr, flush=True)
+            return path
+    raise Fail(f"{folder}: no {name}.pt; --weights names a folder that holds one, out/tiny say")
+
+
+def network(cfg, name, device):
+    return load_dit(checkpoint(cfg, name), device, runtime.fast_dtype(device))
+
+
+def table(first, rows, columns):
+    """Print {name: {column: value, column_ci: half an interval}} as Markdown."""
+    print(f"\n| {first} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+    for name, row in rows.items():
+        cells = [f"{row[key]:.{digits}f}" for key, digits in columns.items()]
+        for i, (key, digits) in enumerate(columns.items()):
+            cells[i] += f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
+        print(f"| {name} | {' | '.join(cells)} |")
+    print()
+
+
+# ------------------------------------------------------------------------------------------ speed
 def seconds_of(work, device):
-    """-> seconds that work() takes, what it returned."""
     runtime.synchronize(device)
     begun = time.perf_counter()
-    result = work()
+    work()
     runtime.synchronize(device)
-    return time.perf_counter() - begun, result
+    return time.perf_counter() - begun
 
 
-def peak_gflops(device):
-    """The best rate that a square matrix product reaches here, in the precision that the network runs in."""
+def in_turns(ways, rounds, measure):
+    """{name: work} -> {name: [measure(work)] of each round}; a first round only warms up."""
+    found = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, work in ways.items():
+            found[name].append(measure(work))
+    return {name: measured[1:] for name, measured in found.items()}
+
+
+def training(recipe, device):
+    """Seconds of a teacher step, and of a student update with its critic updates, and the rate of
+    the first, by the trainings themselves."""
+    clips = data.Clips(recipe.size, 8, device)
+    watch, found = data.held_out(1, recipe.size, "watch", device), []
+    expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = dataclasses.replace(recipe, out=folder, teacher_steps=24, dmd_steps=12)
+        teacher = distill.train_teacher(recipe, clips, expert, expert, watch)
+        distill.train_dmd(recipe, teacher, teacher, clips, expert, expert, watch)
+        rows = [json.loads(line) for line in open(f"{folder}/log.jsonl")]
+    for stage in ("teacher", "student"):
+        steps = [row for row in rows if row["stage"] == stage][3:]
+        pairs = [(a, b) for a, b in zip(steps, steps[1:]) if "psnr" not in b]
+        found.append(statistics.median(b["seconds"] - a["seconds"] for a, b in pairs))
+    N, D, P = model.n_tokens(recipe), recipe.width, 12 * recipe.patch**2
+    block = 12 * D * D + 2 * D * N * recipe.latents
+    step = 6e-9 * recipe.batch * recipe.latents * N * (recipe.depth * block + 3.25 * D * P)
+    return dict(teacher_step_s=found[0], student_update_s=found[1], teacher_gflops=step / found[0])
+
+
+def speed(cfg, device):
+    """The student's stream against its teacher's windows; random weights, speed is the same."""
+    recipe = distill.Config(**distill.PRESETS[cfg.config] | dict(config=cfg.config))
+    net = model.DiT(model.network_of(recipe)).to(device, runtime.fast_dtype(device)).eval()
+    T = 4 * recipe.latents  # frames that the teacher makes at once
+    clip = draw(SPLITS["held-out"], 2 * T, recipe.size)
+    source = clip.video[None, :T].to(device)
+    mel = data.log_mel(clip.audio[: T * RATE // FPS])[None].to(device)
+
+    def teacher(guidance):
+        yield sample.dub_teacher(net, source, mel, guidance=guidance, latents=recipe.latents)[0]
+
+    ways = {
+        "student": lambda: sample.stream(net, clip.video, clip.audio),
+        "teacher_guided": lambda: teacher(recipe.guidance),
+        "teacher": lambda: teacher(1.0),
+    }
+    if cfg.compile == "on":
+        compiled = copy.copy(net)
+        compiled.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+        # Eight times as long: a stream's first chunks, until the window is full, are not compiled.
+        video, audio = clip.video.repeat(8, 1, 1, 1), np.tile(clip.audio, 8)
+        ways["student_compiled"] = lambda: sample.stream(compiled, video, audio)
+    result = {}
+    for name, runs in in_turns(ways, cfg.rounds, lambda work: sample.clock(work(), device)).items():
+        fps, ttff = ([run[i] for run in runs] for i in (0, 1))
+        middle = statistics.median(fps)
+        row = dict(fps=middle, least=min(fps), most=max(fps), ttff_s=statistics.median(ttff))
+        result[name] = dict(row, ms_per_chunk=4000 * recipe.chunk / middle)
+    table("", result, dict(fps=1, least=1, most=1, ttff_s=4, ms_per_chunk=1))
     n = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=runtime.fast_dtype(device)) for _ in range(2))
-    return 2 * n ** 3 / min(seconds_of(lambda: a @ b, device)[0] for _ in range(12)) / 1e9
+    a, b = torch.randn(2, n, n, device=device, dtype=runtime.fast_dtype(device))
+    peak = 2e-9 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(12))
+    ratio = result["student"]["fps"] / result["teacher_guided"]["fps"]
+    bound = 2 * sample.STEPS / (recipe.student_steps + 1)
+    train = training(recipe, device)
+    print(f"student over guided teacher {ratio:.1f}; by the count of passes {bound:.1f} at most")
+    print(" ".join(f"{key} {value:.3g}" for key, value in dict(train, peak_gflops=peak).items()))
+    return dict(result, ratio=ratio, bound=bound, train=train, peak_gflops=peak)
 
 
-def flops(cfg, latents, keys=None):
-    """Multiply-adds times two over `latents` latent frames, each attending to `keys` (default: all) -> one pass; of it, its input
-    layer; of it, its head; and apart from it, embedding the conditions, once for any number of passes."""
-    N, D, P, S = nn_model.tokens(cfg), cfg.width, 12 * cfg.patch ** 2, nn_model.SEEN
-    blocks = cfg.depth * (12 * D * D + 2 * D * N * (keys or latents))
-    return [2 * latents * N * x for x in (blocks + D * P * (1 + 2.25), D * P, D * P * 2.25, 4 * S * (P + D))]
+# ---------------------------------------------------------------------------------------- quality
+def people(kind, n, size, device):
+    """n held-out people: Pairs, and the truth drawn again with only that changed which no sound
+    decides (teeth, smile), (n, T, S, S, 3): nothing that commits itself to one mouth can be closer
+    than this ceiling."""
+    clips, ceiling = [], []
+    for seed in range(SPLITS["held-out"], SPLITS["held-out"] + 2 * n, 2):
+        words = dict(dub=dict(text=seed + 1), self={}, cross=dict(text=seed + 1, voice=seed + 2))
+        how = dict(words[kind], device=device)
+        clips.append((draw(seed, 96, size, device=device), draw(seed, 96, size, **how)))
+        ceiling.append(draw(seed, 96, size, detail=seed + 1_000_000, **how).video)
+    return data.pairs_of(clips, device), torch.stack(ceiling)
 
 
-def chunk_flops(cfg):
-    """A streamed chunk: three passes, of the one that writes the cache no head and of its last block only keys, values and queries, and the conditions."""
-    N, D, keys = nn_model.tokens(cfg), cfg.width, cfg.sink + cfg.window
-    one, _, head, conditions = flops(cfg, cfg.chunk, keys)
-    return 3 * one - head - 2 * cfg.chunk * N * (9 * D * D + 2 * D * N * keys) + conditions
+def by_parts(dub, pairs):
+    """dub(source, mel) of all pairs, 8 at a time, so that they fit into any memory."""
+    parts = zip(pairs.source.split(8), pairs.mel.split(8))
+    return torch.cat([dub(source, mel) for source, mel in parts])
 
 
-def teacher_flops(cfg, latents):
-    """A teacher step, of one sample. Backward is twice forward, less the gradient of what is not trained: the pixels that go into the input
-    layer and the conditions."""
-    one, entry, _, conditions = flops(cfg, latents)
-    return 3 * one - entry + 2 * conditions
+def judged(dub, pairs, judge):
+    """The measures' means over people with half their 95% intervals, and the Frechet distance."""
+    row = dict(frechet=frechet(features(judge, dub), features(judge, pairs.truth)))
+    for key, values in measures(dub, pairs, judge).items():
+        row[key] = values.mean().item()
+        row[key + "_ci"] = (1.96 * values.std() / len(values) ** 0.5).item()
+    return row
 
 
-def muon_flops(muon):
-    """An update of Muon, beside the model's own work: five Newton-Schulz steps of X (n, m), n <= m, each A = X X^T, A A and a product with X."""
-    return sum(5 * (4 * n * n * m + 2 * n ** 3) for group in muon.param_groups for n, m in (sorted(x.shape) for x in group["params"]))
+def quality(cfg, device):
+    """The judge's table, and a sheet: source, teacher, guided teacher, student, truth."""
+    judge = load_syncnet(checkpoint(cfg, "judge"), device)
+    student = network(cfg, "student", device)
+    pairs, ceiling = people(cfg.set, cfg.clips, student.cfg.size, device)
+    dubs = {"truth": pairs.truth, "truth, other detail": ceiling, "source": pairs.source}
+    settings = [(50, 1.0), (50, 1.5), (50, 2.0)] if cfg.teacher != "none" else []
+    if cfg.teacher == "all":
+        settings += [(50, 3.0), (50, 4.5), (1, 1.0), (2, 1.0), (5, 1.0), (10, 1.0)]
+    teacher = network(cfg, "teacher", device) if settings else None
+    for steps, scale in settings:
+        how = dict(steps=steps, guidance=scale)
+        dub = by_parts(lambda *parts: sample.dub_teacher(teacher, *parts, **how), pairs)
+        dubs[f"teacher, {steps} steps, guidance {scale:g}"] = dub
+        print(f"teacher, {steps} steps, guidance {scale:g}: done", file=sys.stderr, flush=True)
+    dubs["student"] = by_parts(lambda *parts: sample.dub_student(student, *parts), pairs)
+    rows = {name: judged(dub, pairs, judge) for name, dub in dubs.items()}
+    table(cfg.set, rows, COLUMNS)
+    named = dict(truth="truth", student="student")
+    taught = [name for name in rows if name.startswith("teacher, 50")]
+    if taught:
+        named["teacher"] = taught[0]
+        named["teacher_guided"] = max(taught, key=lambda name: rows[name]["sync_c"])
+    shown = ["source", *(named[k] for k in ("teacher", "teacher_guided") if k in named)]
+    sheet(cfg, [dubs[name] for name in (*shown, "student", "truth")])
+    rows_of = {key: rows[name] for key, name in named.items()}
+    more = dict(set=cfg.set, clips=cfg.clips, rows=rows_of, all=rows)
+    return dict(more, ceiling=rows["truth, other detail"])
 
 
-def passes(model, clip, device, rounds):
-    """Milliseconds of each part of a chunk, once the window is full: {part: median}. The cache pass stands alone here; a stream runs it
-    together with the next chunk's pass 1."""
-    cfg, spent = model.cfg, {}
-
-    def part(name, work):
-        took, result = seconds_of(work, device)
-        spent.setdefault(name, []).append(1000 * took)
-        return result
-
-    n = 4 * cfg.chunk
-    with torch.no_grad(), mixed(device):
-        cache = Cache(model, 1, runtime.fast_dtype(device))
-        for c in range(3 + 4 * rounds):
-            video = part("pixels in", lambda: patchify(to_float(clip.video[None, :n].to(device)), cfg.patch))
-            mel = part("mel", lambda c=c: sample.chunk_mel(clip.audio, c % 4, cfg).to(device))
-            audio = part("audio features", lambda mel=mel: model.embed_audio(mel))
-            cond = part("conditions", lambda video=video: model.embed_cond(video, video))
-            x = part("noise", lambda cond=cond: torch.randn(cond.known.shape).to(device))
-            for i, t in enumerate(sample.TIMES):
-                x0 = part(f"pass {i + 1}", lambda x=x, t=t, cond=cond, audio=audio: model(x, t, cond, audio, cache=cache).float())
-            part("cache pass", lambda x0=x0, cond=cond, audio=audio: model(x0, 0., cond, audio, cache=cache, store="finished"))
-            cache.advance()
-            part("pixels out", lambda x0=x0, video=video: to_uint8(data.picture(x0, video, cfg.patch)).cpu())
-    return {name: statistics.median(times[3:]) for name, times in spent.items()}
+def sheet(cfg, dubs):
+    """The lower two thirds of six moments of two people, a row for each of `dubs`."""
+    S, rows = dubs[0].shape[2], []
+    for i in range(2):
+        rows += [torch.cat(list(dub[i, 6::16, S // 3 :]), 1) for dub in dubs]
+    scale = max(1, 256 // S)
+    picture = torch.cat(rows).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    plt.imsave(f"{cfg.out}/quality-{cfg.config}-{cfg.set}.png", picture.cpu().numpy())
 
 
-def kernels(model, device):
-    """The attention kernels that one chunk's pass runs, as the profiler names them."""
-    patches = patchify(torch.zeros(1, 4 * model.cfg.chunk, model.cfg.size, model.cfg.size, 3, device=device), model.cfg.patch)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        cond = model.embed_cond(patches, patches)
-        model(cond.known, .5, cond, sample.null_audio(model, model.cfg.chunk, 1))
-    return sorted({e.key for e in profile.key_averages() if "attention" in e.key and e.key != "aten::scaled_dot_product_attention"})
+# ------------------------------------------------------------------------------------------- long
+def windows(clip):
+    """A long Clip -> [Clip] of WINDOW seconds each."""
+    video, mouth = (x.split(WINDOW * FPS) for x in (clip.video, torch.from_numpy(clip.mouth)))
+    audio = torch.from_numpy(clip.audio).split(WINDOW * RATE)
+    return [Clip(v, a.numpy(), m.numpy()) for v, a, m in zip(video, audio, mouth)]
 
 
-def steps_of(train, folder, stage, after=0):
-    """Run a real training and read from its log how long a step without evaluation takes: median seconds, of those after step `after`."""
-    (Path(folder) / "log.jsonl").unlink(missing_ok=True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        train()
-    rows = [r for line in open(Path(folder) / "log.jsonl") if (r := json.loads(line))["stage"] == stage]
-    return statistics.median(b["seconds"] - a["seconds"] for a, b in zip(rows[1:], rows[2:])
-                             if "psnr" not in {**a, **b} and b["step"] == a["step"] + 1 and a["step"] >= after)
+def drift(dub, truth):
+    """How far the mean picture of windows (n, T, S, S, 3) is off: the largest mean error of a
+    colour in the mask (n,), in levels of 255."""
+    mask = mouth_mask(dub.shape[2]).to(dub.device)[..., None]
+    off = (dub.float().mean(1) - truth.float().mean(1)) * mask
+    return (off.sum((1, 2)) / mask.sum()).abs().max(1).values
 
 
-def training(recipe, device, peak):
-    """Seconds of a teacher step, without and with the expert's view, and of a student update (with its critic updates), by the trainings themselves."""
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = dataclasses.replace(recipe, out=folder, clips=8, teacher_steps=16, dmd_steps=18)
-        samples = data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, device, runtime.fast_dtype(device))
-        watch, judge = data.held_out(1, cfg.size, "watch", device), syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(device).eval().requires_grad_(False)
-        teacher_s, view_s = (steps_of(lambda: distill.train_teacher(dataclasses.replace(cfg, view=view), samples, judge, judge, watch, device),
-                                      folder, "teacher", after=cfg.teacher_steps // 2) for view in (0., cfg.view))
-        net = nn_model.load_dit(f"{folder}/teacher.pt", device).requires_grad_(False)
-        update_s = steps_of(lambda: distill.train_dmd(cfg, net, copy.deepcopy(net), samples, judge, judge, watch, device), folder, "dmd")
-    one, entry, head, conditions = flops(net.cfg, cfg.latents)
-    step = teacher_flops(net.cfg, cfg.latents)
-    # Per critic update a rollout (one and a half calls on average, the cache pass without its head) and a step of the critic; then
-    # the student's backward, the teacher (twice where it is guided) and the critic's guess.
-    rollout, guided = .5 * (1 + len(cfg.times)) * one + one - head + conditions, (cfg.band_last - cfg.band_first) / 50
-    update = cfg.critic_updates * (rollout + step) + (2 * one - entry + conditions) + (1 + guided) * one + one + 2 * conditions
-    rate, muon = step * cfg.teacher_batch / teacher_s / 1e9, muon_flops(runtime.muon_and_adam(net, cfg)[0])
-    return dict(teacher_step_s=teacher_s, teacher_view_step_s=view_s, student_update_s=update_s, mfu=rate / peak,
-                mfu_counting_muon=(rate + muon / teacher_s / 1e9) / peak, student_update_mfu=update * cfg.dmd_batch / update_s / peak / 1e9)
+def border_jump(video, n):
+    """Frame differences in the mask at the borders of chunks of n frames over those inside."""
+    mask = mouth_mask(video.shape[1]).to(video.device)[..., None]
+    energy = (video.float().diff(dim=0).square() * mask).mean((1, 2, 3))
+    border = torch.arange(1, len(video)) % n == 0
+    return (energy[border].mean() / energy[~border].mean()).item()
 
 
-# The highest resident memory of a process, in kB. (ru_maxrss would do, were it not inherited from whoever started the process.)
-MEASURE = """import sys; sys.argv = sys.argv[1:]; import data, sample; data.run(sample.main)
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))"""
+def long(cfg, device):
+    """Minutes of streaming: is the last one as good as the first? The student started anew in every
+    window says which words are hard; other caches, what holds it up."""
+    if cfg.seconds % WINDOW or cfg.seconds < 2 * WINDOW:
+        raise Fail(f"--seconds {cfg.seconds} must be two or more times {WINDOW}")
+    student, judge = network(cfg, "student", device), load_syncnet(checkpoint(cfg, "judge"), device)
+    kinds = {"truth": {}, "student": {}, "started anew": {}}
+    kinds |= {"no sink": dict(sink=0), "window 3": dict(window=3)}
+    rows = {name: [] for name in kinds}
+    for i in range(cfg.seed, cfg.seed + cfg.people):
+        source, truth = dub_pair(i, cfg.seconds * FPS, student.cfg.size)
+        cut = list(zip(windows(source), windows(truth)))
+        pairs = data.pairs_of(cut, device)
+        for name, fields in kinds.items():
+            net, dub = copy.copy(student), [truth.video]
+            net.cfg = dataclasses.replace(student.cfg, **fields)
+            parts = cut if name == "started anew" else [(source, truth)]
+            if name != "truth":
+                dub = [frames for s, t in parts for frames in sample.stream(net, s.video, t.audio)]
+            dub = torch.cat(dub).view(pairs.truth.shape).to(device)
+            jump = [border_jump(v.flatten(0, 1), 4 * net.cfg.chunk) for v in (dub, pairs.truth)]
+            found = dict(measures(dub, pairs, judge), colour=drift(dub, pairs.truth))
+            found["jump"] = torch.full((len(dub),), jump[0] / jump[1])
+            rows[name].append(torch.stack([values.cpu() for values in found.values()]))
+            print(f"{name}: person {i}", file=sys.stderr, flush=True)
+    minute, ends = 60 // WINDOW if cfg.seconds >= 120 else 1, {}
+    mean = {name: dict(zip(found, torch.stack(row).mean(0))) for name, row in rows.items()}
+    for name, row in mean.items():
+        ends[f"{name}, first"] = {key: x[:minute].mean().item() for key, x in row.items()}
+        ends[f"{name}, last"] = {key: x[-minute:].mean().item() for key, x in row.items()}
+    table("minute", ends, dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, colour=1, jump=2))
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3), layout="constrained")
+    for axis, key in zip(axes, ("sync_c", "psnr", "sharp", "colour")):
+        for name, row in mean.items():
+            axis.plot([WINDOW * (j + 0.5) for j in range(len(row[key]))], row[key], label=name)
+        axis.set(title=key, xlabel="seconds")
+    axes[0].legend()
+    figure.savefig(f"{cfg.out}/long-{cfg.config}.png", dpi=60)
+    rows = {name: {key: x.tolist() for key, x in row.items()} for name, row in mean.items()}
+    return dict(first=ends["student, first"], last=ends["student, last"], rows=rows)
 
 
-def peak_memory(model, seconds, device):
-    """Peak resident MB of `sample.py` dubbing a drawn video of that many seconds, in a process of its own (Linux only)."""
-    with tempfile.TemporaryDirectory() as folder:
-        weights, video = f"{folder}/student.pt", f"{folder}/in.mp4"
-        runtime.save(weights, kind="dit", stage="student", model_config=dataclasses.asdict(model.cfg), model=model.float().state_dict())
-        clip = data.draw(data.SPLITS["held-out"], 250, model.cfg.size)
-        with data.write_video(video, (model.cfg.size, model.cfg.size), np.tile(clip.audio, -(-seconds // 10))) as put:
-            for i in range(seconds * data.FPS):
-                put(clip.video[i % 250].numpy())
-        done = subprocess.run([sys.executable, "-c", MEASURE, "sample.py", "--video", video, "--out", f"{folder}/out.mp4", "--weights", weights,
-                               "--device", str(device)],
-                              capture_output=True, text=True, cwd=Path(__file__).parent)
-        if done.returncode:
-            raise Fail(f"sample.py failed, whose memory was to be measured ({''.join(done.stderr.splitlines()[-1:])})")
-    return int(done.stdout.split()[-1]) / 1024
+# ----------------------------------------------------------------------------------------- ablate
+VARIANTS = {
+    "as it is": {},
+    "never guided": dict(sync_window="off"),
+    "window reversed": dict(sync_window="reversed"),
+    "guided everywhere": dict(sync_window="all"),
+    "no reward": dict(beta=0.0),
+    "beta 2 (paper)": dict(beta=2.0),
+    "no view": dict(view=0.0, dmd_view=0.0),
+    "1 critic update": dict(critic_updates=1),
+    "landing 20": dict(landing=20),
+    "landing 30 (paper)": dict(landing=30),
+    "dmd shift 5 (paper)": dict(dmd_shift=5.0),
+    "1 step": dict(student_steps=1),
+    "4 steps": dict(student_steps=4),
+}
 
 
-def flat(model, chunks, device):
-    """Milliseconds of each of `chunks` streamed chunks: the same at the end as at the start."""
-    clip = data.draw(data.SPLITS["held-out"], 240, model.cfg.size)
-    source, audio = (f for _ in range(chunks) for f in clip.video[:12]), np.tile(clip.audio, -(-chunks // 20))
-    times, frames = [], sample.stream(model, source, audio)
-    for _ in range(chunks):
-        times.append(1000 * seconds_of(lambda: next(frames), device)[0])
-    return times
-
-
-def speed(cfg):
-    if cfg.chunks < 104:
-        raise Fail(f"--chunks {cfg.chunks}: at least 104, to compare the first with the last")
-    device = start(cfg)
-    recipe = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config))
-    recipe.size, recipe.patch = cfg.size or recipe.size, cfg.patch or recipe.patch
-    model = DiT(Config(**nn_model.model_fields(recipe))).to(device, runtime.fast_dtype(device)).eval()
-    window = 4 * recipe.latents                                                     # frames that the teacher makes at once
-    T = max(1, round(cfg.seconds * data.FPS / window)) * window
-    clip = data.draw(data.SPLITS["held-out"], T, model.cfg.size)
-    source = clip.video[None]
-
-    def teacher(scale):                                                             # one window tells: the next ones are alike
-        mel = data.log_mel(clip.audio[: window * data.RATE // data.FPS])[None].to(device)
-        yield sample.dub_teacher(model, source[:, :window].to(device), mel, guidance=scale, latents=recipe.latents)[0]
-
-    rows = {"student": lambda: sample.stream(model, clip.video, clip.audio), "teacher_guided": lambda: teacher(recipe.guidance), "teacher": lambda: teacher(1.)}
-    if cfg.compile:
-        compiled = copy.copy(model)
-        compiled.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
-        # Eight times as long: the first four chunks of a stream, until the window is full, are not compiled.
-        rows["student_compiled"] = lambda: sample.stream(compiled, clip.video.repeat(8, 1, 1, 1), np.tile(clip.audio, 8))
-        list(rows["student_compiled"]())
-    lasting = copy.copy(model)
-    lasting.cache_from = "last"
-    rows["student_cache_from_last"] = lambda: sample.stream(lasting, clip.video, clip.audio)
-    list(rows["student"]())
-    measured = {name: [] for name in rows}
-    for _ in range(cfg.rounds):
-        for name, row in rows.items():
-            measured[name].append(sample.clock(row(), device))
-    fps = {name: [m[0] for m in runs] for name, runs in measured.items()}
-    ttff = {name: statistics.median(m[1] for m in runs) for name, runs in measured.items()}
-    middle = {name: statistics.median(values) for name, values in fps.items()}
-    parts, peak = passes(model, clip, device, cfg.rounds), peak_gflops(device)
-    k = model.cfg.chunk
-    ratio, bound = middle["student"] / middle["teacher_guided"], 2 * sample.STEPS / (len(sample.TIMES) + 1)
-    work = chunk_flops(model.cfg) / (4 * k / middle["student"]) / 1e9
-    teacher_work = 2 * sample.STEPS * flops(model.cfg, recipe.latents)[0] / (window / middle["teacher_guided"]) / 1e9
-    result = dict(about("speed", cfg, device), tokens=nn_model.tokens(model.cfg), student=dict(
-        fps=middle["student"], fps_range=[min(fps["student"]), max(fps["student"])], ttff_s=ttff["student"], ms_per_chunk=4000 * k / middle["student"],
-        passes_per_chunk=len(sample.TIMES) + 1, calls_per_chunk=len(sample.TIMES), ms=parts),
-        teacher_guided=dict(fps=middle["teacher_guided"], ttff_s=ttff["teacher_guided"]), teacher=dict(fps=middle["teacher"], ttff_s=ttff["teacher"]),
-        attention=kernels(model, device), ratio=ratio, bound=bound, stream_gflops=work, teacher_gflops=teacher_work, peak_gflops=peak)
-    for name in middle.keys() - {"student", "teacher", "teacher_guided"}:
-        result[name] = dict(fps=middle[name], ttff_s=ttff[name])
-    if cfg.training:
-        result["train"] = training(recipe, device, peak)
-    if cfg.memory and sys.platform == "linux":
-        result["peak_rss_mb"] = {f"{s} s": peak_memory(model, s, device) for s in (30, 180)}
-        model.to(runtime.fast_dtype(device))
-    times = flat(model, cfg.chunks, device)
-    report(cfg, result, fps, ttff, times)
-
-
-def report(cfg, result, fps, ttff, times):
-    """The Markdown tables, the figure, the JSON line."""
-    dtype = str(runtime.fast_dtype(torch.device(result["device"])))[6:]
-    print(f"{cfg.config}, {result['tokens']} tokens to a latent frame, on {result['device']}, {result['threads']} threads, {dtype}, torch {torch.__version__}, "
-          f"matrix products at most {result['peak_gflops']:.0f} GFLOP/s\n\n| | FPS, median (least to most) of {cfg.rounds} | TTFF (ms) |\n|---|---|---|")
-    for name, values in fps.items():
-        name, first = name.replace("_", ", ", 1).replace("_", " "), 1000 * ttff[name]
-        print(f"| {name} | {statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f}) | {first:.1f} |")
-    print(f"\nstudent over guided teacher: {result['ratio']:.1f}x; the count of passes bounds it at {result['bound']:.1f}\n\n"
-          "| part of a chunk | ms |\n|---|---|")
-    for name, ms in result["student"]["ms"].items():
-        print(f"| {name} | {ms:.2f} |")
-    print(f"| all, one by one | {sum(result['student']['ms'].values()):.2f} |\n| as streamed | {result['student']['ms_per_chunk']:.2f} |\n")
-    for name, value in {**result.get("train", {}), **{f"peak MB, {s}": mb for s, mb in result.get("peak_rss_mb", {}).items()}}.items():
-        print(f"{name}: {value:.3g}" if value < 100 else f"{name}: {value:.0f}")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", width_ratios=(2, 1))
-    left.plot(times, lw=.8)
-    left.set(xlabel="chunk", ylabel="ms", ylim=(0, 2 * statistics.median(times)), title="time of each chunk (480 ms of video)")
-    right.bar_label(right.barh([n.replace("_", " ") for n in reversed(fps)], [statistics.median(v) for v in reversed(fps.values())]), fmt="%.0f", padding=3)
-    right.set(xlabel="frames a second", xmargin=.2)
-    right.axvline(data.FPS, color="gray", lw=.8)
-    figure.savefig(f"{cfg.out}/speed-{cfg.config}.png", dpi=90)
-    result["chunk_ms"] = dict(first_100=statistics.median(times[3:100]), last_100=statistics.median(times[-100:]))
-    print("attention by", ", ".join(result["attention"]))
-    print(f"chunks: median {result['chunk_ms']['first_100']:.2f} ms in the first 100, {result['chunk_ms']['last_100']:.2f} in the last; "
-          f"{cfg.out}/speed-{cfg.config}.png")
-    print(json.dumps(result))
-
-
-@dataclasses.dataclass
-class Attention:
-    config: str = "small"
-    device: str = ""
-    threads: int = 0
-    rounds: int = 7
-    flex: bool = True       # flex_attention too (compiles first)
-    seed: int = 0
-    zero = ("seed", "threads")
-    out: str = "out/bench"
-
-
-def attention(cfg):
-    """The causal full clip's attention three ways, forward, batch 4: milliseconds, median of the rounds, taking turns."""
-    device = start(cfg)
-    c = Config(**nn_model.SIZES[cfg.config])
-    rope, N, dtype = nn_model.rope_table(c).to(device), nn_model.tokens(c), runtime.fast_dtype(device)
+def ablate(cfg, device):
+    """Init and dmd again with one thing changed at a time, then the judge. A row that is there, in
+    its folder, is not trained again."""
+    wanted = [name for name in VARIANTS if any(w.strip() in name for w in cfg.only.split(","))]
+    if not wanted:
+        raise Fail(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
+    teacher, judge = checkpoint(cfg, "teacher"), load_syncnet(checkpoint(cfg, "judge"), device)
+    pairs, _ = people("dub", cfg.clips, load_dit(teacher).cfg.size, device)
     rows = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for name in wanted:
+            out = f"{cfg.out}/ablate-{cfg.config}/{name.replace(' ', '-')}-{seed}"
+            how = dict(config=cfg.config, teacher=teacher, seed=seed, out=out, device=device)
+            distill.main([f"--{key}={value}" for key, value in (how | VARIANTS[name]).items()])
+            for stage in ("init", "student"):
+                net = load_dit(f"{out}/{stage}.pt", device, runtime.fast_dtype(device))
+                dub = by_parts(lambda *parts: sample.dub_student(net, *parts), pairs)
+                label = f"{name}, init alone" if stage == "init" else name
+                rows.append(dict(name=label, seed=seed, **judged(dub, pairs, judge)))
+    shown = {}
+    for name in dict.fromkeys(row["name"] for row in rows):
+        same = [row for row in rows if row["name"] == name]
+        shown[name] = {key: statistics.mean(row[key] for row in same) for key in COLUMNS}
+        for key in COLUMNS if cfg.seeds > 1 else ():
+            shown[name][key + "_ci"] = statistics.stdev(row[key] for row in same)
+    table(f"{cfg.seeds} seeds, mean ± spread", shown, COLUMNS)
+    return dict(clips=cfg.clips, rows=rows)
+
+
+# -------------------------------------------------------------------------------------- attention
+def attention(cfg, device):
+    """The causal clip, forward, batch 4, rotation included: a dense call a chunk (what the student
+    does; only it gives each key its place in the stream's window), one call with a mask, and
+    flex_attention. Milliseconds, median of the rounds."""
+    c = distill.Config(**distill.PRESETS[cfg.config])
+    rope, N = model.rope_table(c).to(device), model.n_tokens(c)
+    flex, rows = torch.compile(flex_attention), {}
     for latents in (12, 48, 192):
-        q, k, v = (torch.randn(4, c.heads, latents * N, c.width // c.heads, device=device, dtype=dtype) for _ in range(3))
-        see = torch.zeros(latents, latents, dtype=torch.bool)
+        shape = 3, 4, c.heads, latents * N, c.width // c.heads
+        q, k, v = torch.randn(shape, device=device, dtype=runtime.fast_dtype(device))
+        see = torch.zeros(latents, latents, dtype=torch.bool, device=device)
         for chunk in range(latents // c.chunk):
-            see[chunk * c.chunk:(chunk + 1) * c.chunk, nn_model.visible(chunk, c)] = True
-        mask = see.repeat_interleave(N, 0).repeat_interleave(N, 1).to(device)
-        turned = lambda q=q, k=k, t=rope[:latents]: (nn_model.rotate(q, t), nn_model.rotate(k, t))        # noqa: E731
-        ways = {"a call a chunk": lambda q=q, k=k, v=v: nn_model.attend_chunks(q, k, v, rope, c),
-                "one call, mask": lambda t=turned, v=v, mask=mask: F.scaled_dot_product_attention(*t(), v, attn_mask=mask)}
-        if cfg.flex:
-            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-            compiled = torch.compile(flex_attention)
+            see[chunk * c.chunk : (chunk + 1) * c.chunk, model.visible(chunk, c)] = True
+        mask = see.repeat_interleave(N, 0).repeat_interleave(N, 1)
+        n = latents * N
+        blocks = create_block_mask(lambda b, h, i, j: see[i // N, j // N], None, None, n, n, device)
 
-            def seen(b, h, i, j):
-                frame, end = j // N, (i // N // c.chunk + 1) * c.chunk
-                return (frame < end) & ((frame < c.sink) | (frame >= end - c.window))
-            blocks = create_block_mask(seen, None, None, latents * N, latents * N, device=device)
-            ways["flex_attention"] = lambda t=turned, v=v, blocks=blocks: compiled(*t(), v, block_mask=blocks)
+        def turned():
+            return model.rotate(q, rope[:latents]), model.rotate(k, rope[:latents]), v
+
+        ways = {
+            "a call a chunk": lambda: model.attend_chunks(q, k, v, rope, c),
+            "mask": lambda: F.scaled_dot_product_attention(*turned(), attn_mask=mask),
+            "flex_attention": lambda: flex(*turned(), block_mask=blocks),
+        }
         with torch.no_grad():
-            spent = {name: [] for name in ways}
-            for r in range(cfg.rounds + 1):
-                for name, way in ways.items():
-                    took = seconds_of(way, device)[0]
-                    spent[name] += [1000 * took] if r else []
-        rows.append(dict(latents=latents, **{name: statistics.median(t) for name, t in spent.items()}))
-    names = [n for n in rows[0] if n != "latents"]
-    print("| latent frames | " + " | ".join(f"{n} (ms)" for n in names) + " |\n|---" + "|---" * len(names) + "|")
-    for row in rows:
-        print(f"| {row['latents']} | " + " | ".join(f"{row[n]:.2f}" for n in names) + " |")
-    print(json.dumps(dict(about("attention", cfg, device), rows=rows)))
-
-
-@dataclasses.dataclass
-class Cost:
-    config: str = "base"
-    seed: int = 0
-
-
-def cost(cfg):
-    """What a config needs, counted and not timed: parameters, FLOPs, and the bytes that a teacher step keeps for its backward."""
-    if cfg.config not in nn_model.SIZES:
-        raise Fail(f"--config {cfg.config}: one of {', '.join(nn_model.SIZES)}")
-    recipe, kept = distill.Config(**dict(distill.PRESETS[cfg.config], config=cfg.config)), {}
-    net = DiT(Config(**nn_model.model_fields(recipe)))
-    parameters = sum(p.numel() for p in net.parameters())
-
-    def keep(x):
-        if not isinstance(x, torch.nn.Parameter):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    x0, patches = torch.randn(1, recipe.latents, *net.mask.shape), patchify(torch.zeros(1, 4 * recipe.latents, net.cfg.size, net.cfg.size, 3), net.cfg.patch)
-    heard = data.hearing(torch.zeros(1, 16 * recipe.latents, data.MELS), net.cfg)
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        cond, audio = net.embed_cond(patches, patches), net.embed_audio(heard)
-        loss, _ = distill.flow_loss(net, x0, cond, audio, torch.full((1, 1), .5), recipe.weight_clip, recipe.edges)
-    n, step = recipe.teacher_batch, recipe.teacher_batch * teacher_flops(net.cfg, recipe.latents)
-    result = dict(about("cost", cfg, "cpu"), parameters=parameters, tokens=nn_model.tokens(net.cfg), chunk_gflop=chunk_flops(net.cfg) / 1e9,
-                  sample_mb=sum(kept.values()) / 1e6, step_gb=n * sum(kept.values()) / 1e9, state_gb=20 * parameters / 1e9,
-                  clips_gb=recipe.clips * recipe.clip_latents * 12 * net.cfg.size ** 2 / 1e9, step_tflop=step / 1e12,
-                  run_pflop=recipe.teacher_steps * step / 1e15)
-    r = {k: f"{v:.3g}" for k, v in result.items() if isinstance(v, float)}
-    print(f"{cfg.config}: {parameters / 1e6:.1f}M parameters, {result['tokens']} tokens to a latent frame; a streamed chunk is {r['chunk_gflop']} GFLOP\n"
-          f"teacher: a step of batch {n} is {r['step_tflop']} TFLOP, all {recipe.teacher_steps} are {r['run_pflop']} PFLOP\n"
-          f"memory: {r['sample_mb']} MB a sample kept for backward, {r['step_gb']} GB a step (loss {loss.item():.2f}); {r['state_gb']} GB for weights,\n"
-          f"average, gradients and moments in float32; {r['clips_gb']} GB for {recipe.clips} clips")
-    print(json.dumps(result))
-
-
-BENCHES = {"speed": (Speed, speed), "cost": (Cost, cost), "attention": (Attention, attention), "quality": (Quality, quality), "long": (Long, long),
-           "ablate": (Ablate, ablate)}
+            spent = in_turns(ways, cfg.rounds, lambda work: 1000 * seconds_of(work, device))
+        rows[f"{latents} latent frames"] = {n: statistics.median(t) for n, t in spent.items()}
+    table("ms", rows, dict.fromkeys(ways, 2))
+    return dict(rows=rows)
 
 
 def main(argv):
-    if argv and argv[0] in BENCHES:
-        options, bench = BENCHES[argv[0]]
-        return bench(data.options(options, argv[1:], sys.modules[bench.__module__].__doc__))
+    benches = dict(speed=speed, quality=quality, long=long, ablate=ablate, attention=attention)
     if not argv or argv[0] in ("-h", "--help"):
-        return print(__doc__)
-    raise Fail(f"{argv[0]}: no such bench; one of {', '.join(BENCHES)}")
+        print(__doc__)
+    elif argv[0] not in benches:
+        raise Fail(f"{argv[0]}: no such bench; one of {', '.join(benches)}")
+    else:
+        cfg = runtime.options(Options, argv[1:], __doc__)
+        runtime.free_space(cfg.out)
+        runtime.keep_memory()
+        torch.manual_seed(cfg.seed)
+        device = runtime.find_device(cfg.device, cfg.precision)
+        about = dict(bench=argv[0], config=cfg.config, device=str(device), seed=cfg.seed)
+        about.update(threads=torch.get_num_threads(), torch=torch.__version__)
+        print(json.dumps(about | benches[argv[0]](cfg, device)))
 
 
 if __name__ == "__main__":
-    data.run(main)
+    runtime.run(main)

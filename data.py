@@ -1,21 +1,21 @@
-"""Pictures and sound: log-mel, patches, training samples, reading and writing real video.
+"""Sound, the two rectangles of a picture, training batches, and real video files.
 
-    python data.py                          # out/data/clips.mp4 with its sound, and out/data/sheet.png: drawn people
-    python data.py --size 128 --clips 6     # larger and more
+    python data.py              # out/data/clips.mp4 and sheet.png: the drawn people of faces.py
 
-Video is float in [-1, 1] inside and uint8 RGB outside, at 25 frames a second; audio is float32 mono at 16 kHz.
+Video is float in [-1, 1] inside and uint8 RGB outside, at 25 frames a second; audio is float32 mono
+at 16 kHz. A picture is a square of S x S pixels with a face in it. Only its middle three quarters
+matter, cut at half height: the rectangle *above* (eyes, which tell the pose) is always known, and
+the *mouth rectangle* below, S/2 x 3S/4, holds the mask. Tokens tile the mouth rectangle, and the
+lip-sync expert looks at nothing else.
 """
-import argparse
+
+import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
-import math
 import os
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -27,85 +27,86 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from faces import ASIDE, FPS, RATE, SPLITS, Clip, draw, dub_pair, mouth_mask  # noqa: F401  Clip: for those who import this file
+from faces import FPS, RATE, SPLITS, draw, dub_pair
+from runtime import Fail, free_space, need_file, opt, options, run
 
-HOP = 160               # samples between mel frames: 100 a second, 4 to a video frame
-MELS = 40               # mel bands, 60 Hz to 7.6 kHz
-WINDOW = torch.hann_window(400)         # of 25 ms
-SILENCE = (-5 + 1.5) / 3        # log-mel of nothing, for the frames before and after a file
-
-
-class Fail(Exception):
-    """Something that the person at the keyboard can mend. Printed as one line; exit code 2."""
-
-
-# ---------------------------------------------------------------------------------------------------- mask and log-mel
-def mouth_psnr(video, truth):
-    """PSNR in dB inside the mouth mask, a clip each. video, truth (B, T, S, S, 3) uint8 -> (B,)."""
-    mask = mouth_mask(video.shape[2]).to(video.device)[:, :, None]
-    error = ((video.float() - truth.float()) ** 2 * mask).mean((1, 2, 3, 4)) / mask.mean()
-    return 10 * (255 ** 2 / error.clamp(min=1e-3)).log10()
+HOP = 160  # samples between mel frames: 100 a second, 4 to a video frame
+MELS = 40  # bands, 60 Hz to 7.6 kHz
+AUDIO_BACK = 16  # mel frames heard before a latent frame's own 16
+AUDIO_AHEAD = 12  # and after: the look-ahead, a part of the latency
+SILENCE = (-5 + 1.5) / 3  # log-mel of nothing, for the frames before and after a file
+CLIP_LATENTS = 30  # latent frames of a training clip, 4.8 s: some are left for the reference
+STILL = 0.2  # share of reference chunks that are one frame held still, as a stream starts with
 
 
+# ------------------------------------------------------------------------------------------ sound
 @functools.cache
 def mel_filters():
-    """(201, MELS) triangles on the HTK mel scale, 60 Hz to 7.6 kHz."""
-    mel = lambda f: 2595 * np.log10(1 + f / 700)                                                      # noqa: E731
-    edges = 700 * (10 ** (np.linspace(mel(60), mel(7600), MELS + 2) / 2595) - 1)
+    """(201, MELS): triangles on the HTK mel scale."""
+    lowest, highest = 2595 * np.log10(1 + np.array([60, 7600]) / 700)
+    edges = 700 * (10 ** (np.linspace(lowest, highest, MELS + 2) / 2595) - 1)
     freq = np.linspace(0, RATE / 2, 201)[:, None]
-    rise, fall = (freq - edges[:-2]) / np.diff(edges)[:-1], (edges[2:] - freq) / np.diff(edges)[1:]
+    rise = (freq - edges[:-2]) / np.diff(edges)[:-1]
+    fall = (edges[2:] - freq) / np.diff(edges)[1:]
     return torch.from_numpy(np.maximum(0, np.minimum(rise, fall))).float()
 
 
 def log_mel(audio):
-    """audio (S,) float in [-1, 1] at 16 kHz, S a multiple of 640 -> (S / 160, MELS) float, about -1..1.
+    """audio (n,) in [-1, 1] at 16 kHz, n a multiple of 640 -> (n / 160, MELS) float, about -1..1.
 
-    Mel frame m sees the samples 160 m - 120 .. 160 m + 280 (25 ms, zeros past the ends): 4 frames to a video frame."""
+    Mel frame m sees the samples 160 m - 120 .. 160 m + 280, zeros past the ends."""
     audio = F.pad(torch.as_tensor(audio, dtype=torch.float32), (120, 120))
-    power = torch.view_as_real(torch.stft(audio, 400, HOP, window=WINDOW, center=False, return_complex=True)).square().sum(-1)
+    window = torch.hann_window(400)
+    spectrum = torch.stft(audio, 400, HOP, window=window, center=False, return_complex=True)
+    power = torch.view_as_real(spectrum).square().sum(-1)
     return ((power.T @ mel_filters()).clamp(min=1e-5).log10() + 1.5) / 3
 
 
-# ------------------------------------------------------------------------------------------------------------ patches
-def patchify(video, p):
-    """(B, T, S, S, 3) -> (B, L, G, 2 P): for each patch of the lower half, the one half a square above it, then itself."""
-    B, T, H, W, _ = video.shape
-    if T % 4 or H % (2 * p) or W % p:
-        raise Fail(f"a video of {T} frames of {W}x{H} does not split into tokens of 4 frames x {p} x {p} pixels")
-    x = video.reshape(B, T // 4, 4, 2, H // p // 2, p, W // p, p, 3)              # B L f half row p column p c
-    return x.permute(0, 1, 4, 6, 3, 2, 5, 7, 8).reshape(B, T // 4, -1, 24 * p * p)
+def hearing(mel, start=0, end=None):
+    """mel (B, M, MELS), 16 frames to a latent frame -> (B, back + 16 L + ahead, MELS): all that the
+    L latent frames from `start` to `end` hear. So a chunk hears the same as in the whole file."""
+    end = mel.shape[1] // 16 if end is None else end
+    lo = 16 * start - AUDIO_BACK
+    hi = 16 * end + AUDIO_AHEAD
+    part = mel[:, max(0, lo) : hi]
+    before = max(0, -lo)
+    after = hi - max(0, lo) - part.shape[1]
+    return F.pad(part, (0, 0, before, after), value=SILENCE)
 
 
-def unpatchify(x, p):
-    """Inverse of patchify."""
-    x = in_rows(x).unflatten(-1, (2, 4, p, p, 3))                                 # B L row column half f p p c
-    B, L, _, n = x.shape[:4]
-    return x.permute(0, 1, 5, 4, 2, 6, 3, 7, 8).reshape(B, 4 * L, n * p, n * p, 3)
+# ----------------------------------------------------------------------------- the two rectangles
+def middle(video):
+    """(..., S, S, 3) -> (..., S, 3S/4, 3): above in the upper half, the mouth rectangle below."""
+    side = video.shape[-2]
+    return video[..., side // 8 : side - side // 8, :]
 
 
-def in_rows(x):
-    """(B, L, G, C) -> (B, L, n/2, n, C): rows and columns of patches."""
-    n = int((2 * x.shape[2]) ** .5)
-    return x.unflatten(2, (n // 2, n))
+def mouth(video):
+    """(..., S, S, 3) -> its mouth rectangle (..., S/2, 3S/4, 3)."""
+    return middle(video)[..., video.shape[-3] // 2 :, :, :]
 
 
-def columns(n):
-    """Which of n columns of patches the mouth mask touches. The others (2 of 8) are known altogether: no tokens are spent on them."""
-    return slice(int(ASIDE * n), n - int(ASIDE * n))
+def paste(rectangle, video):
+    """Put mouth rectangles (..., S/2, 3S/4, 3) into videos (..., S, S, 3) -> new videos."""
+    out = video.clone()
+    mouth(out).copy_(rectangle)
+    return out
 
 
-def inner(x):
-    """(B, L, G, C) of all places, see patchify -> (B, L, N, C) of those that are tokens."""
-    x = in_rows(x)
-    return x[:, :, :, columns(x.shape[3])].flatten(2, 3)
+def to_tokens(rectangle, p):
+    """(B, T, S/2, 3S/4, 3) -> (B, L, N, P): a token is 4 frames of p x p pixels, row by row."""
+    B, T, height, width, _ = rectangle.shape
+    x = rectangle.reshape(B, T // 4, 4, height // p, p, width // p, p, 3)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).flatten(2, 3)
 
 
-def picture(x, source, p):
-    """x (B, L, N, P), what was generated, and source (B, L, G, 2 P), which has the rest -> video (B, T, S, S, 3)."""
-    above, lower = in_rows(source.to(x.dtype)).split(12 * p * p, -1)
-    tokens = columns(lower.shape[3])
-    lower = torch.cat([lower[:, :, :, : tokens.start], x.unflatten(2, (lower.shape[2], -1)), lower[:, :, :, tokens.stop:]], 3)
-    return unpatchify(torch.cat([above, lower], -1).flatten(2, 3), p)
+def to_pixels(tokens, p):
+    """Inverse of to_tokens; a rectangle has 2/3 as many rows of tokens as columns."""
+    B, L, N, _ = tokens.shape
+    rows = round((N * 2 / 3) ** 0.5)
+    x = tokens.reshape(B, L, rows, N // rows, 4, p, p, 3)
+    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7)  # B L frame row p column p colour
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
 def to_float(video):
@@ -118,32 +119,103 @@ def to_uint8(video):
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def hearing(mel, cfg, start=0, end=None):
-    """mel (B, M, MELS), 16 frames to a latent frame -> (B, back + 16 L + ahead, MELS): what the L latent frames from `start` to `end` hear.
-    Each hears only its own 16, `back` before and `ahead` after them, so a chunk's audio features are those of the whole file."""
-    lo, hi = 16 * start - cfg.audio_back, 16 * (mel.shape[1] // 16 if end is None else end) + cfg.audio_ahead
-    part = mel[:, max(0, lo):hi]
-    return F.pad(part, (0, 0, max(0, -lo), hi - max(0, lo) - part.shape[1]), value=SILENCE)
-
-
-# ---------------------------------------------------------------------------------------------------- training samples
+# ---------------------------------------------------------------------------------------- batches
 class Pairs(NamedTuple):
-    """Dubs to be made, and their answer: source, truth (n, T, S, S, 3) uint8; mel (n, 4 T, MELS) of the truth; mouth (n, T, 2), see Clip."""
-    source: torch.Tensor
-    truth: torch.Tensor
-    mel: torch.Tensor
-    mouth: torch.Tensor
+    """Dubs to be made, and their answer."""
 
-    @classmethod
-    def of(cls, pairs, device):
-        """From (source, truth) Clips."""
-        mels, mouths = [log_mel(truth.audio) for _, truth in pairs], [torch.from_numpy(truth.mouth) for _, truth in pairs]
-        return cls(*(torch.stack(x).to(device) for x in ([s.video for s, _ in pairs], [t.video for _, t in pairs], mels, mouths)))
+    source: torch.Tensor  # (n, T, S, S, 3) uint8
+    truth: torch.Tensor  # the same people saying what `mel` says
+    mel: torch.Tensor  # (n, 4 T, MELS), the truth's sound
+    mouth: torch.Tensor  # (n, T, 2), the truth's opening and width, see faces.Clip
+
+
+def pairs_of(clips, device):
+    """[(source, truth)] of Clips -> Pairs."""
+    sources, truths = zip(*clips)
+    mel = [log_mel(truth.audio) for truth in truths]
+    shape = [torch.from_numpy(truth.mouth) for truth in truths]
+    videos = [clip.video for clip in sources], [clip.video for clip in truths]
+    return Pairs(*(torch.stack(x).to(device) for x in (*videos, mel, shape)))
 
 
 def held_out(n, size, split, device, latents=24):
     """Pairs of n people of `split`, who say other words."""
-    return Pairs.of([dub_pair(i, 4 * latents, size, split) for i in range(n)], device)
+    return pairs_of([dub_pair(i, 4 * latents, size, split, device) for i in range(n)], device)
+
+
+class Batch(NamedTuple):
+    source: torch.Tensor  # (B, T, S, 3S/4, 3) float in [-1, 1], see `middle`
+    reference: torch.Tensor  # the same shape: the same people at other moments
+    heard: torch.Tensor  # (B, back + 16 L + ahead, MELS), see `hearing`
+    mel: torch.Tensor  # (B, 4 T, MELS), the part of it that belongs to the frames
+
+
+class Clips:
+    """Clips to train on, on the device: video (n, T, S, 3S/4, 3) uint8, see `middle`; mel
+    (n, 4 T, MELS); shape (n, T, 2): the mouth's opening and width, NaN where nobody drew it."""
+
+    def __init__(self, size, n, device, split="train", folder="", latents=CLIP_LATENTS):
+        """n drawn clips, or (folder) up to n consecutive ones from real mp4s with sound."""
+        T, found = 4 * latents, 0
+        try:
+            shape = n, T, size, size * 3 // 4, 3
+            self.video = torch.empty(shape, dtype=torch.uint8, device=device)
+        except RuntimeError:
+            need = f"{n * T * size * size * 9 / 4e9:.0f} GB of memory"
+            raise Fail(f"{n} clips need {need}; --clips for fewer") from None
+        self.mel = torch.empty(n, 4 * T, MELS, device=device)
+        self.shape = torch.full((n, T, 2), torch.nan, device=device)
+        clips = recorded(folder, size, T) if folder else drawn(split, size, T, device)
+        for found, (video, audio, shape) in enumerate(itertools.islice(clips, n), 1):
+            self.video[found - 1] = middle(video)
+            self.mel[found - 1] = log_mel(audio)
+            self.shape[found - 1] = torch.as_tensor(shape)
+        if not found:
+            raise Fail(f"{folder}: no mp4 with {T / FPS:.1f} s of picture and sound in it")
+        self.video, self.mel, self.shape = (x[:found] for x in (self.video, self.mel, self.shape))
+
+    def pick(self, B, T, rng):
+        """B random clips and, in each, where T frames begin: two (B, 1), on the device."""
+        how = dict(generator=rng, device=self.video.device)
+        clip = torch.randint(len(self.video), (B, 1), **how)
+        return clip, torch.randint(self.video.shape[1] // 4 - T // 4 + 1, (B, 1), **how) * 4
+
+    def moments(self, B, T, rng):
+        """B random stretches of T frames: video (B, T, S, 3S/4, 3) uint8, mel, shape."""
+        clip, first = self.pick(B, T, rng)
+        at = first + torch.arange(T, device=first.device)
+        mel_at = 4 * first + torch.arange(4 * T, device=first.device)
+        return self.video[clip, at], self.mel[clip, mel_at], self.shape[clip, at]
+
+    def draw(self, B, cfg, rng):
+        """-> Batch. The reference of each chunk is a chunk of another moment, outside the sample
+        itself: there it would give the answer away. No loop over the batch, nothing that waits for
+        the device."""
+        device, T, k = self.video.device, 4 * cfg.latents, 4 * cfg.chunk
+        clip, first = self.pick(B, T, rng)
+        # Where a reference chunk may start: `before` places before the sample, `after` behind it.
+        before = (first - k + 1).clamp(min=0)
+        after = (self.video.shape[1] - T - first - k + 1).clamp(min=0)
+        u = torch.rand(B, T // k, generator=rng, device=device)
+        place = (u * (before + after)).long()
+        start = torch.where(place < before, place, first + T + place - before)
+        still = torch.rand(B, T // k, 1, generator=rng, device=device) < STILL
+        frame = torch.where(still, 0, torch.arange(k, device=device))
+        reference = self.video[clip, (start[..., None] + frame).flatten(1)]
+        source = self.video[clip, first + torch.arange(T, device=device)]
+        # What is heard before and after the clip is silence.
+        at = 4 * first + torch.arange(-AUDIO_BACK, 4 * T + AUDIO_AHEAD, device=device)
+        inside = (at >= 0) & (at < self.mel.shape[1])
+        heard = self.mel[clip, at.clamp(0, self.mel.shape[1] - 1)]
+        heard = torch.where(inside[..., None], heard, SILENCE)
+        mel = heard[:, AUDIO_BACK : AUDIO_BACK + 4 * T]
+        return Batch(to_float(source), to_float(reference), heard, mel)
+
+
+def drawn(split, size, frames, device):
+    """The people of a split without end: (video, audio, shape) each."""
+    for i in itertools.count():
+        yield draw(SPLITS[split] + 2 * i, frames, size, device=device)
 
 
 def mp4s(folder):
@@ -154,129 +226,69 @@ def mp4s(folder):
     return found
 
 
-class Bank:
-    """Clips to train on, in memory: video (n, T, S, S, 3) uint8, mel (n, 4 T, MELS) float32, mouth (n, T, 2): see Clip; NaN where
-    nobody drew it."""
-
-    def __init__(self, size, frames, n, split="train", folder=""):
-        """`n` drawn clips of `frames` frames, or (folder) up to n consecutive ones from real mp4s with sound, their centred square."""
+def recorded(folder, size, frames):
+    """Consecutive clips of real mp4s, their centred square: (video, audio, NaN) each."""
+    samples = frames * RATE // FPS
+    for path in mp4s(folder):
         try:
-            self.video = torch.empty(n, frames, size, size, 3, dtype=torch.uint8)
-        except RuntimeError:
-            raise Fail(f"{n} clips need {n * frames * size * size * 3 / 1e9:.0f} GB of memory; --clips for fewer") from None
-        self.mel, self.mouth = torch.empty(n, 4 * frames, MELS), torch.full((n, frames, 2), torch.nan)
-        if not folder:
-            for i in range(n):
-                clip = draw(SPLITS[split] + 2 * i, frames, size)
-                self.video[i], self.mel[i], self.mouth[i] = clip.video, log_mel(clip.audio), torch.from_numpy(clip.mouth)
-            return
-        found, samples = 0, frames * RATE // FPS
-        for path in mp4s(folder):
-            if found == n:
-                break
-            try:
-                audio, video, had = Sound(path), read_video(path), found
-                for first in range(0, len(audio) - samples + 1, samples):
-                    taken = [square(frame, size) for frame in itertools.islice(video, frames)]
-                    if found == n or len(taken) < frames:
-                        break
-                    self.video[found], self.mel[found] = torch.stack(taken), log_mel(audio[first:first + samples])
+            audio, video, found = Sound(path), read_video(path), 0
+            for first in range(0, len(audio) - samples + 1, samples):
+                taken = [square(frame, size) for frame in itertools.islice(video, frames)]
+                if len(taken) == frames:
                     found += 1
-                if found == had:
-                    print(f"left out: {path}: shorter than {frames / FPS:.1f} s")
-            except Fail as e:
-                print(f"left out, or the rest of it: {e}")
-        if not found:
-            raise Fail(f"{folder}: no mp4 with {frames / FPS:.1f} s of picture and sound; put some there or drop --folder")
-        self.video, self.mel, self.mouth = self.video[:found], self.mel[:found], self.mouth[:found]
+                    yield torch.stack(taken), audio[first : first + samples], torch.nan
+            if not found:
+                print(f"left out: {path}: shorter than {frames / FPS:.1f} s")
+        except Fail as e:
+            print(f"left out, or the rest of it: {e}")
 
 
-class Batch(NamedTuple):
-    source: torch.Tensor        # (B, L, G, 2 P) float in [-1, 1]: see patchify
-    reference: torch.Tensor     # the same shape: chunks of other moments
-    heard: torch.Tensor         # (B, back + 16 L + ahead, MELS): see hearing
-    mel: torch.Tensor           # (B, 16 L, MELS), a part of it, for the reward
-
-    @property
-    def x0(self):
-        """(B, L, N, P): what is to be generated."""
-        return inner(self.source[..., self.source.shape[-1] // 2:])
+@functools.cache
+def world():
+    """What people look and sound like, in small: (1856,) float. A checkpoint remembers the world
+    that it was trained on, so that a change to faces.py or to log_mel is noticed."""
+    clips = [draw(2 * i, 4, 32) for i in range(8)]
+    looks = torch.stack([clip.video[0] for clip in clips]).float().permute(0, 3, 1, 2) / 255
+    sounds = torch.stack([log_mel(clip.audio).mean(0) for clip in clips])
+    return torch.cat([F.avg_pool2d(looks, 4).flatten(), sounds.flatten()])
 
 
-class Samples:
-    """Training samples out of a Bank, cut into patches once, in the Bank's memory: gigabytes need not fit twice. The Bank is empty afterwards."""
-
-    def __init__(self, bank, cfg, device, dtype=torch.float32):
-        self.cfg, self.dtype, self.device, self.heard = cfg, dtype, device, hearing(bank.mel, cfg).to(device)
-        for video in bank.video:
-            video.view(-1)[:] = patchify(video[None], cfg.patch).flatten()
-        n, T = bank.video.shape[:2]
-        # On a Mac they stay with the CPU: it is the same memory, and indexing more than 2^31 values on mps is not to be relied on.
-        home = device if device.type == "cuda" else "cpu"
-        self.patches, bank.video = bank.video.view(n, T // 4, -1, 24 * cfg.patch ** 2).to(home), None
-
-    def cut(self, patch):
-        """Into patches of another size, in place. -> self."""
-        was = math.isqrt(self.patches.shape[-1] // 24)
-        if patch != was:
-            for clip in self.patches:
-                clip.view(-1)[:] = patchify(unpatchify(clip[None], was), patch).flatten()
-            self.patches = self.patches.view(*self.patches.shape[:2], -1, 24 * patch ** 2)
-        return self
-
-    def draw(self, n, rng, rank=0, world=1):
-        """-> Batch of n, or process `rank`'s share of it if there are more. The reference of each chunk is another moment, outside the
-        sample itself: there it would give the answer away."""
-        cfg, total = self.cfg, self.patches.shape[1]
-        L, k = cfg.latents, cfg.chunk
-        pick = lambda high, *shape: torch.randint(high, shape, generator=rng)                         # noqa: E731
-        clip, first = pick(len(self.patches), n), pick(total - L + 1, n)
-        at = first[:, None] + torch.arange(L)                                                         # B L
-        starts = torch.empty(n, -(-L // k), dtype=torch.long)
-        for i, s in enumerate(first.tolist()):
-            free = torch.tensor([*range(0, s - k + 1), *range(s + L, total - k + 1)])
-            starts[i] = free[pick(len(free), starts.shape[1])]
-        still = torch.rand(starts.shape, generator=rng) < cfg.still
-        clip, first, at, starts, still = (x[rank::world] for x in (clip, first, at, starts, still))
-        where = (starts[..., None] + torch.arange(k)).flatten(1)[:, :L]
-        source, reference = self.patches[clip[:, None], at], self.patches[clip[:, None], where]
-        # Some reference chunks are one frame held still, as at the start of a stream.
-        for b, c in still.nonzero().tolist():
-            chunk = reference[b, c * k:(c + 1) * k].unflatten(-1, (2, 4, -1))                         # k G half f 3pp
-            chunk[:] = chunk[:1, :, :, :1].clone()
-        source, reference = (x.to(self.device).to(self.dtype).sub_(127.5).div_(127.5) for x in (source, reference))
-        heard = torch.stack([self.heard[c, 16 * s:16 * (s + L) + cfg.audio_back + cfg.audio_ahead] for c, s in zip(clip, first)])
-        return Batch(source, reference, heard, heard[:, cfg.audio_back:cfg.audio_back + 16 * L])
+def same_world(other):
+    return (
+        other is not None
+        and other.shape == world().shape
+        and bool((other - world()).abs().max() < 0.02)
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- real video files
+# ------------------------------------------------------------------------------------- real files
 def reason(complaint):
     """What ffmpeg's complaint says is wrong: there is no such stream, or its last line."""
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()] or ["ffmpeg gave no reason"]
-    return "it has none" if re.search("matches no streams|not contain any stream", complaint) else lines[-1]
-
-
-def need_file(path):
-    if not os.path.isfile(path):
-        raise Fail(f"{path}: a folder; name a file in it" if os.path.isdir(path) else f"{path}: no such file")
+    if re.search("matches no streams|not contain any stream", complaint):
+        return "it has none"
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    return lines[-1] if lines else "ffmpeg gave no reason"
 
 
 class Sound:
-    """The sound of any file that ffmpeg reads, mono float32 at 16 kHz: `len(sound)`, `sound[a:b]`. Kept in a temporary file, so that
-    an hour of it costs no memory. Fail: no sound in it, none of it, NaN."""
+    """The sound of any file that ffmpeg reads, mono float32 at 16 kHz: `len(sound)`, `sound[a:b]`.
+    Kept in a temporary file: an hour costs no memory. Fail: no sound in it, none of it, NaN."""
 
     def __init__(self, path):
         need_file(path)
         self.file = tempfile.TemporaryFile()
-        done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path), "-map", "0:a:0", "-ac", "1", "-ar", str(RATE),
-                               "-f", "f32le", "-"], stdout=self.file, stderr=subprocess.PIPE)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path)]
+        command += ["-map", "0:a:0", "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
+        done = subprocess.run(command, stdout=self.file, stderr=subprocess.PIPE)
         if done.returncode:
-            raise Fail(f"{path}: no sound could be read ({reason(done.stderr.decode(errors='replace'))}); give a file with sound, --audio X.wav for instance")
+            why = reason(done.stderr.decode(errors="replace"))
+            raise Fail(f"{path}: no sound could be read ({why}); give a file with sound, X.wav say")
         self.samples = self.file.seek(0, os.SEEK_END) // 4
         if not self.samples:
             raise Fail(f"{path}: its sound is empty (0 samples)")
-        if not all(np.isfinite(self[a:a + (1 << 20)]).all() for a in range(0, self.samples, 1 << 20)):
-            raise Fail(f"{path}: some samples are NaN or infinite; export it again as 16-bit PCM")
+        for start in range(0, self.samples, 1 << 20):
+            if not np.isfinite(self[start : start + (1 << 20)]).all():
+                raise Fail(f"{path}: some samples are NaN or infinite; export it again as 16-bit")
 
     def __len__(self):
         return self.samples
@@ -287,62 +299,22 @@ class Sound:
         return np.frombuffer(bytearray(self.file.read(4 * max(0, stop - start))), np.float32)
 
 
-def read_audio(path):
-    """All of a Sound -> (S,) float32."""
-    return Sound(path)[:]
-
-
-def probe(path):
-    """Duration (s; 0 if the file does not say), width and height of a video."""
-    need_file(path)
-    reader = imageio_ffmpeg.read_frames(str(path))
-    try:
-        meta = next(reader)
-        return meta["duration"], *meta["size"]
-    except (OSError, StopIteration, RuntimeError, KeyError) as e:
-        raise no_picture(path, e) from None
-    finally:
-        reader.close()
-
-
-def picture_seconds(path, limit):
-    """How long the picture lasts, decoded to its end, or to `limit` seconds: a file may say otherwise, or hold longer sound."""
-    done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-progress", "pipe:1", "-i", str(path), "-map", "0:v:0",
-                           "-t", str(limit), "-f", "null", "-"], capture_output=True, text=True, errors="replace")
-    reached = re.findall(r"^out_time_us=(\d+)", done.stdout, re.M)
-    if done.returncode or not reached:
-        raise no_picture(path, done.stderr)
-    return int(reached[-1]) / 1e6
-
-
-def no_picture(path, e):
-    return Fail(f"{path}: no picture could be read ({reason(str(e))}); give a video file, mp4 for instance")
-
-
 def read_video(path):
-    """Yield frames (H, W, 3) uint8 at 25 a second; ffmpeg drops or repeats frames by their time stamps, so that other
-    rates (29.97) do not drift. Holds one frame. Fail: not a video."""
+    """Yield frames (H, W, 3) uint8 at 25 a second; ffmpeg drops or repeats some by their time
+    stamps, so that other rates (29.97) do not drift. Holds one frame. Fail: not a video."""
     need_file(path)
-    reader = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", f"fps={FPS}"])
-    raw = None
+    reader, raw = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", f"fps={FPS}"]), None
     try:
         width, height = next(reader)["size"]
         for raw in reader:
             yield torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(height, width, 3)
+        if raw is None:
+            raise RuntimeError("no frames")
     except (OSError, StopIteration, RuntimeError, KeyError) as e:
-        raise no_picture(path, e) from None
+        what = f"no picture could be read ({reason(str(e))})"
+        raise Fail(f"{path}: {what}; give a video, mp4 for instance") from None
     finally:
         reader.close()
-    if raw is None:
-        raise no_picture(path, "no frames")
-
-
-def square(frame, size, box=None):
-    """Cut box (x, y, side; default: the largest centred square) out of frame (H, W, 3) uint8 and resize -> (size, size, 3)."""
-    x, y, side = box or centred(*frame.shape[:2])
-    cut = frame[y:y + side, x:x + side].permute(2, 0, 1)[None].float()
-    out = F.interpolate(cut, size=(size, size), mode="bilinear", antialias=True, align_corners=False) if side != size else cut
-    return out[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
 
 
 def centred(height, width):
@@ -350,8 +322,20 @@ def centred(height, width):
     return (width - side) // 2, (height - side) // 2, side
 
 
+def square(frame, size, box=None):
+    """Cut box (x, y, side; default: the largest centred square) out of frame (H, W, 3) uint8 and
+    resize it -> (size, size, 3)."""
+    x, y, side = box or centred(*frame.shape[:2])
+    cut = frame[y : y + side, x : x + side]
+    if side == size:
+        return cut
+    cut = cut.permute(2, 0, 1)[None].float()
+    out = F.interpolate(cut, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return out[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+
+
 def parse_box(text, frame):
-    """"X,Y,SIDE" -> (x, y, side) in pixels of frame (H, W, 3); "" -> the largest centred square. Fail: not inside the picture."""
+    """A text, X,Y,SIDE -> (x, y, side) in pixels of frame (H, W, 3); none: the centred square."""
     height, width = frame.shape[:2]
     if not text:
         return centred(height, width)
@@ -359,137 +343,63 @@ def parse_box(text, frame):
         x, y, side = (int(part) for part in text.split(","))
     except ValueError:
         raise Fail(f"--box {text}: give three whole numbers, X,Y,SIDE") from None
-    if x < 0 or y < 0 or side < 16 or x + side > width or y + side > height:
-        raise Fail(f"--box {text} is not inside the picture of {width}x{height}, or under 16 pixels")
+    if min(x, y) < 0 or side < 16 or x + side > width or y + side > height:
+        raise Fail(f"--box {text}: not inside the picture of {width}x{height}, or under 16 pixels")
     return x, y, side
 
 
-class write_video:
-    """`with write_video(path, (width, height), audio) as put: put(frame)`: H.264 at 25 fps and AAC, frames (H, W, 3) uint8;
-    audio: samples at 16 kHz, or a file whose sound is taken as it is.
+@contextlib.contextmanager
+def write_video(path, size, audio=None):
+    """`with write_video(path, (width, height), audio) as put: put(frame)`: H.264 at 25 fps and AAC.
+    frames (H, W, 3) uint8; audio: samples at 16 kHz, or a file whose sound is taken as it is.
 
-    Written beside `path` under another name and renamed when whole, so that nothing half-written is left under it. A side of an odd
-    number of pixels gets one more, black: H.264 as players want it has even sides."""
+    Written beside `path` and renamed when whole. An odd side gets one more row or column, black:
+    players want H.264 to have even ones."""
 
-    def __init__(self, path, size, audio=None):
-        self.path, self.size, self.audio = Path(path), size, audio
-
-    def __enter__(self):
-        if self.path.suffix.lower() not in (".mp4", ".mov", ".mkv"):
-            raise Fail(f"{self.path}: write to a name that ends in .mp4")
-        free_space(self.path.parent, 64 << 20)
-        self.folder = tempfile.TemporaryDirectory(prefix=".writing-", dir=self.path.parent)
-        self.partial = Path(self.folder.name) / self.path.name
-        extra = dict(audio_path=str(self.audio), audio_codec="aac") if self.audio is not None else {}
-        if isinstance(self.audio, np.ndarray):
-            extra["audio_path"] = str(Path(self.folder.name) / "sound.wav")
-            soundfile.write(extra["audio_path"], self.audio, RATE)
-        self.writer = imageio_ffmpeg.write_frames(str(self.partial), self.size, fps=FPS, codec="libx264", quality=8, macro_block_size=1,
-                                                  ffmpeg_log_level="error", output_params=[
-                                                      "-movflags", "+faststart", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"], **extra)
-        self.writer.send(None)
-        return self.put
-
-    def put(self, frame):
+    path = Path(path)
+    if path.suffix.lower() not in (".mp4", ".mov", ".mkv"):
+        raise Fail(f"{path}: write to a name that ends in .mp4")
+    free_space(path.parent)
+    how = dict(fps=FPS, codec="libx264", quality=8, macro_block_size=1, ffmpeg_log_level="error")
+    how["output_params"] = ["-movflags", "+faststart", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        if audio is not None:
+            how.update(audio_path=str(audio), audio_codec="aac")
+        if isinstance(audio, np.ndarray):
+            how["audio_path"] = f"{folder}/sound.wav"
+            soundfile.write(how["audio_path"], audio, RATE)
+        partial = Path(folder) / path.name
+        writer = imageio_ffmpeg.write_frames(str(partial), size, **how)
+        writer.send(None)
         try:
-            self.writer.send(np.ascontiguousarray(frame))
+            yield lambda frame: writer.send(np.ascontiguousarray(frame))
+            writer.close()
+            next(read_video(partial))  # Fail if ffmpeg could not finish it, for want of room say
         except OSError as e:
-            raise Fail(f"{self.path}: ffmpeg stopped writing ({str(e).splitlines()[0]}); what it says itself stands above") from None
-
-    def __exit__(self, kind, *_):
-        self.writer.close()
-        try:
-            if kind is None:
-                probe(self.partial)                          # Fail if ffmpeg could not finish it, for want of room for instance
-                os.replace(self.partial, self.path)
+            why = str(e).splitlines()[0]
+            raise Fail(f"{path}: ffmpeg stopped writing ({why}); see above") from None
         finally:
-            self.folder.cleanup()
-
-
-def free_space(folder, need, instead="choose another --out"):
-    """Make `folder`; Fail unless it can be written and has `need` bytes free."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as e:
-        raise Fail(f"{folder}: cannot be written ({e.strerror}); {instead}") from None
-    if not os.access(folder, os.W_OK):
-        raise Fail(f"{folder}: not writable; {instead}")
-    if free < need:
-        raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} MB needed; make room or {instead}")
-
-
-# -------------------------------------------------------------------------------------------------------- command lines
-def options(cls, argv, usage, presets=None):
-    """Command line -> cls, a dataclass: every field is an option (`--beta 0`), and the comment beside it its help; `--config NAME`
-    picks a preset first; hyphens do for underscores. Whole numbers may be 0 only where the class says so, in `zero`."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise Fail(f"{message}; --help lists the options")
-
-    parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    if presets:
-        parser.add_argument("--config", choices=list(presets), default=next(iter(presets)))
-    source = "\n".join(inspect.getsource(c) for c in cls.__mro__[:-1])
-    truth = {"0": False, "off": False, "false": False, "1": True, "on": True, "true": True}
-
-    def boolean(word):
-        if word.lower() not in truth:
-            raise ValueError
-        return truth[word.lower()]
-
-    for field in dataclasses.fields(cls):
-        comment = re.search(rf"^    {field.name}: [^#\n]*# +(.*)$", source, re.M)
-        default = "; ".join([str(field.default), *(f"{fields[field.name]} in {name}" for name, fields in (presets or {}).items() if field.name in fields)])
-        if field.name != "config" or not presets:
-            parser.add_argument("--" + field.name, metavar=field.type.__name__.upper(), type=boolean if field.type is bool else field.type,
-                                help=f"{comment[1] if comment else ''} (default {default})".replace("%", "%%"))
-    given = vars(parser.parse_args([re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]))
-    for name, value in given.items():
-        if type(value) is int and value < (name not in getattr(cls, "zero", ("seed",))):
-            raise Fail(f"--{name} {value} is too small")
-    return cls(**{**(presets[given["config"]] if presets else {}), **given})
-
-
-def run(main):
-    """Run a script's main; what a person can mend is one line on stderr and exit code 2."""
-    try:
-        main(sys.argv[1:])
-    except Fail as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; in training, --accumulate 2 runs each batch in two parts and --clips keeps fewer people there", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:                                  # whoever read our frames has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            writer.close()
+        os.replace(partial, path)
 
 
 @dataclasses.dataclass
-class Config:
-    out: str = "out/data"
-    size: int = 128         # pixels
-    clips: int = 4
-    seconds: float = 3.84
-    seed: int = 20_000_000
+class Options:
+    out: str = opt("out/data", "folder")
+    size: int = opt(128, "pixels", least=16)
 
 
 def main(argv):
-    cfg = options(Config, argv, __doc__)
-    if cfg.size < 16 or cfg.size % 2 or cfg.clips < 1 or cfg.seconds < .5:
-        raise Fail("--size must be even and at least 16, --clips at least 1, --seconds at least 0.5")
-    free_space(cfg.out, 64 << 20)
-    clips = [draw(cfg.seed + 2 * i, int(cfg.seconds * FPS), cfg.size) for i in range(cfg.clips)]
-    rows = [torch.cat(list(clip.video[:: max(1, len(clip.video) // 8)][:8]), 1) for clip in clips]
-    matplotlib.image.imsave(f"{cfg.out}/sheet.png", torch.cat(rows, 0).numpy())
-    with write_video(f"{cfg.out}/clips.mp4", (cfg.size, cfg.size), np.concatenate([c.audio for c in clips])) as put:
-        for clip in clips:
-            for frame in clip.video:
-                put(frame.numpy())
-    print(f"{cfg.out}/sheet.png: a row a clip, 8 moments of each; {cfg.out}/clips.mp4: the same with sound")
+    cfg = options(Options, argv, __doc__)
+    free_space(cfg.out)
+    clips = [draw(SPLITS["held-out"] + 2 * i, 96, cfg.size) for i in range(4)]
+    rows = [torch.cat(list(clip.video[::12]), 1) for clip in clips]
+    matplotlib.image.imsave(f"{cfg.out}/sheet.png", torch.cat(rows).numpy())
+    sound = np.concatenate([clip.audio for clip in clips])
+    with write_video(f"{cfg.out}/clips.mp4", (cfg.size, cfg.size), sound) as put:
+        for frame in torch.cat([clip.video for clip in clips]):
+            put(frame.numpy())
+    print(f"{cfg.out}/sheet.png: 8 moments of four people; {cfg.out}/clips.mp4: with sound")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,30 @@
-"""The built-in world: drawn people who say random syllables, so that there is no data to download.
+"""A drawn world of talking people, so that there is no data to download.
 
-`draw` draws a person (seeded: skin, hair, beard, glasses, light) who talks (seeded: voice, words); the sound is synthesised from
-the same phonemes as the lips. Because we draw it, we own what no recorded data set has: the same person, pose and blinks with
-*another* sound (`dub_pair`), the exact answer that a dub should give. `python data.py` shows some.
+`draw` draws a person who says random syllables; the sound is made from the same phonemes as the
+lips. So we own what no recorded data set has: the same person, pose and blinks with *another*
+sound (`dub_pair`), the exact answer that a dub should give. `python data.py` shows some.
 """
+
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-FPS = 25                # video frames a second
-RATE = 16000            # audio samples a second
-SPEECH_FPS = 200        # phoneme track, frames a second
-# Nobody is in two of these: the judge has never seen the people that anything else is trained on, training curves are
-# drawn on `watch`, and every number that is reported comes from `held-out`.
+FPS = 25  # video frames a second
+RATE = 16000  # audio samples a second
+SPEECH_FPS = 200  # rows of the phoneme track a second
+# Nobody is in two of these: the judge has never seen the people that anything else is trained on,
+# training curves are drawn on `watch`, and every reported number comes from `held-out`.
 SPLITS = {"train": 0, "judge": 10_000_000, "held-out": 20_000_000, "watch": 30_000_000}
-
-
-# ------------------------------------------------------------------------------------------------ phonemes and voice
-# Formants F1-F3 (Hz; Peterson and Barney 1952 for the vowels), voicing, noise centre (Hz) and level, duration (s), then
-# the lips: opening, width, rounding, upper teeth, tongue, and dominance, i.e. how little neighbours may bend the shape.
+ZOOM = 1.2  # the camera is this near, so that the mouth gets the pixels,
+LIFT = 0.15  # and looks this far down, in halves of the picture
+SWAY = 0.3  # share of their motion that heads keep, since a camera follows them
+ASIDE = 0.15  # the mouth mask leaves out this share of the picture at either side
+# Formants F1-F3 (Hz; Peterson and Barney 1952 for the vowels), voicing, noise centre (Hz) and
+# level, duration (s), then the lips: opening, width, rounding, upper teeth, tongue, and dominance,
+# i.e. how little neighbours may bend the shape.
+# fmt: off
 PHONES = {
     #      F1   F2    F3   voice noise  level  dur   open wide round teeth tongue dominance
     "a": (730, 1090, 2440, 1.00,    0, 0.00, .150, 1.00, .55, .00, .30, .10, 1.0),
@@ -47,10 +51,9 @@ PHONES = {
     "r": (350, 1100, 1650, .70,     0, 0.00, .075, .24, .20, .60, .20, .10, 1.2),
     " ": (500, 1500, 2500, .00,     0, 0.00, .300, .00, .50, .05, .00, .00, 1.5),
 }
-VOWELS, CONSONANTS = "aeiou@", "mbpfvszStdnlkgwr"
-ASIDE = .15             # the mouth mask leaves out this share of the picture at either side
-ZOOM, LIFT = 1.2, .15   # the camera is this near and looks this far down (in halves of the picture): the mouth gets the pixels
-SWAY = .3               # share of their motion that heads keep, since a camera (or an alignment by landmarks) follows them; 1: it stands still
+# fmt: on
+VOWELS = list("aeiou@")
+CONSONANTS = list("mbpfvszStdnlkgwr")
 
 
 def smooth(x, sigma):
@@ -58,247 +61,300 @@ def smooth(x, sigma):
     n = max(1, int(3 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-n, n + 1) / sigma) ** 2)
     padded = np.pad(x, ((n, n), (0, 0)), mode="edge")
-    return np.stack([np.convolve(column, kernel / kernel.sum(), mode="valid") for column in padded.T], 1)
+    return np.stack([np.convolve(c, kernel / kernel.sum(), mode="valid") for c in padded.T], 1)
 
 
 def wander(rng, t, slowest, fastest):
-    """A smooth random track at the times t (seconds): four sines of slowest..fastest Hz, standard deviation near 1."""
-    freq, phase = rng.uniform(slowest, fastest, 4), rng.uniform(0, 2 * np.pi, 4)
+    """A random track at the times t (s): four sines of slowest..fastest Hz, deviation near 1."""
+    freq = rng.uniform(slowest, fastest, 4)
+    phase = rng.uniform(0, 2 * np.pi, 4)
     return np.sin(2 * np.pi * freq * t[:, None] + phase).sum(1) / np.sqrt(2)
 
 
-def speak(voice_seed, text_seed, seconds, speed=1.):
+def phoneme_track(rng, tempo, seconds):
+    """Words of random syllables: rows of PHONES, SPEECH_FPS a second."""
+    phones = [" "] if rng.random() < 0.5 else []
+    durations = [rng.uniform(0.05, 0.4)] * len(phones)
+    while len(phones) < 2 or sum(durations) < seconds + 0.2:
+        for _ in range(rng.integers(3, 10)):
+            syllable = [rng.choice(kind) for kind in (CONSONANTS, VOWELS, CONSONANTS)]
+            for phone in syllable[: 3 if rng.random() < 0.25 else 2]:
+                phones.append(phone)
+                durations.append(PHONES[phone][6] * rng.uniform(0.75, 1.45) / tempo)
+        phones.append(" ")
+        durations.append(rng.uniform(0.2, 0.65))
+    rows = np.round(np.array(durations) * SPEECH_FPS).clip(1).astype(int)
+    return np.repeat([PHONES[phone] for phone in phones], rows, axis=0)
+
+
+def random_source(rng, pitch, t, samples):
+    """What a filter shapes, (2, samples) float32: a pulse at each glottal period, white noise."""
+    bend = 0.09 * wander(rng, t, 0.3, 2.5) + 0.01 * wander(rng, t, 4, 9)
+    f0 = np.interp(np.arange(samples) / RATE, t, pitch * np.exp(bend))
+    pulses = np.diff(np.floor(np.cumsum(f0) / RATE), prepend=0.0) * np.sqrt(RATE / pitch)
+    return torch.from_numpy(np.stack([pulses, rng.standard_normal(samples)])).float()
+
+
+def speak(voice_seed, text_seed, seconds):
     """Random syllables by source-filter synthesis.
 
-    Returns audio (seconds * RATE) float32 in [-1, 1] and lips (seconds * SPEECH_FPS, 5) float64, each about 0..1. Lips
-    are the same phonemes under dominance-weighted smoothing (after Cohen and Massaro 1993), wider than the sound's and
-    40 ms ahead of it, as lips are.
-    """
+    Returns audio (seconds * RATE,) float32 in [-1, 1] and lips (seconds * SPEECH_FPS, 5) float64,
+    each about 0..1: opening, width, rounding, upper teeth, tongue."""
     voice, text = np.random.default_rng([voice_seed, 1]), np.random.default_rng([text_seed, 2])
     pitch = voice.uniform(85, 240)
-    tract = 0.88 + 0.27 * (pitch - 85) / 155 + voice.normal(0, .03)  # a short vocal tract goes with a high voice
-    tempo, tilt, breath = speed * voice.uniform(.8, 1.25), voice.uniform(.7, 1.3), voice.uniform(.005, .03)
-
-    phones, total = [" "] if text.random() < .5 else [], 0.
-    durations = [text.uniform(.05, .4)] * len(phones)
-    while total < seconds + .2:
-        for _ in range(text.integers(3, 10)):
-            for p in [text.choice(list(CONSONANTS)), text.choice(list(VOWELS))] + [text.choice(list(CONSONANTS))] * (text.random() < .25):
-                phones.append(p)
-                durations.append(PHONES[p][6] * text.uniform(.75, 1.45) / tempo)
-        phones.append(" ")
-        durations.append(text.uniform(.2, .65))
-        total = sum(durations)
-    table = np.array([PHONES[p] for p in phones])
-    rows = np.repeat(np.arange(len(phones)), np.maximum(1, np.round(np.array(durations) * SPEECH_FPS)).astype(int))
-    track = table[rows][: int(round(seconds * SPEECH_FPS)) + 8]      # 8 rows = 40 ms that the lips run ahead
-
+    tract = 0.88 + 0.27 * (pitch - 85) / 155 + voice.normal(0, 0.03)  # a high voice: a short tract
+    tempo, tilt, breath = voice.uniform((0.8, 0.7, 0.005), (1.25, 1.3, 0.03))
+    # Lips: dominance-weighted smoothing (after Cohen and Massaro 1993), wider than the sound's and
+    # 8 rows (40 ms) ahead of it, as lips are.
+    track = phoneme_track(text, tempo, seconds)[: round(seconds * SPEECH_FPS) + 8]
     dominance = track[:, 12:]
-    lips = smooth(track[:, 7:12] * dominance, 9.) / smooth(dominance, 9.)
+    lips = smooth(track[:, 7:12] * dominance, 9.0) / smooth(dominance, 9.0)
     lips, track = lips[8:], track[:-8]
-
-    # The source: a pulse at each glottal period, and white noise. The filter: resonances, per 5 ms frame of an STFT.
-    n, samples = len(track), int(round(seconds * RATE))
-    t = np.arange(n) / SPEECH_FPS
-    level = smooth(track[:, [3, 5]], 1.6) * (1 + .25 * wander(text, t, .5, 3))[:, None]
-    formants = smooth(track[:, :3], 4.) * tract
-    f0 = pitch * np.exp(.09 * wander(text, t, .3, 2.5) + .01 * wander(text, t, 4, 9))
-    phase = np.cumsum(np.interp(np.arange(samples) / RATE, t, f0)) / RATE
-    pulses = np.diff(np.floor(phase), prepend=0.) * np.sqrt(RATE / pitch)
-    source = torch.from_numpy(np.stack([pulses, text.standard_normal(samples)])).float()
-    window = torch.hann_window(320)
-    spectrum = torch.stft(source, 320, RATE // SPEECH_FPS, window=window, return_complex=True)[..., :n]    # (2, 161, n)
+    # Filters: gains of the pulses and the noise, (161, K), for each 5 ms frame of an STFT.
+    t = np.arange(len(track)) / SPEECH_FPS
+    level = smooth(track[:, [3, 5]], 1.6) * (1 + 0.25 * wander(text, t, 0.5, 3))[:, None]
     freq = np.linspace(0, RATE / 2, 161)[:, None]
-    voiced = sum(a / (1 + ((freq - formants[:, k]) / w) ** 2) for k, (a, w) in enumerate([(1, 90), (.6, 120), (.35, 180)]))
-    voiced = (voiced + .02) * (1 + freq / 900) ** -tilt * (level[:, 0] + 1e-3)
-    hiss = np.exp(-.5 * ((freq - track[:, 4]) / (350 + .22 * track[:, 4])) ** 2) * level[:, 1] + breath * voiced
-    shaped = spectrum[0] * torch.from_numpy(voiced).float() + .35 * spectrum[1] * torch.from_numpy(hiss).float()
-    audio = torch.istft(shaped, 320, RATE // SPEECH_FPS, window=window, length=samples).numpy()
-
-    # A microphone: level, background noise, tone. The words' seed decides, so one voice is recorded in many ways.
-    audio = audio / (audio.std() + 1e-6) * .08 * 10 ** (text.uniform(-6, 6) / 20)
-    audio = audio + text.standard_normal(samples) * .08 * 10 ** (-text.uniform(8, 40) / 20)
-    audio = audio + text.uniform(-.4, .4) * np.append(0, audio[:-1])
+    peaks = zip(smooth(track[:, :3], 4.0).T * tract, (1, 0.6, 0.35), (90, 120, 180))
+    voiced = sum(gain / (1 + ((freq - f) / width) ** 2) for f, gain, width in peaks)
+    voiced = (voiced + 0.02) * (1 + freq / 900) ** -tilt * (level[:, 0] + 1e-3)
+    hiss = np.exp(-0.5 * ((freq - track[:, 4]) / (350 + 0.22 * track[:, 4])) ** 2)
+    hiss = hiss * level[:, 1] + breath * voiced
+    samples = round(seconds * RATE)
+    stft = dict(n_fft=320, hop_length=RATE // SPEECH_FPS, window=torch.hann_window(320))
+    source = random_source(text, pitch, t, samples)
+    pulses, noise = torch.stft(source, **stft, return_complex=True)[..., : len(t)]
+    shaped = pulses * torch.from_numpy(voiced).float()
+    shaped = shaped + 0.35 * noise * torch.from_numpy(hiss).float()
+    audio = torch.istft(shaped, **stft, length=samples).numpy()
+    # Microphone: level, noise, tone. The words' seed decides: one voice is recorded in many ways.
+    audio = audio / (audio.std() + 1e-6) * 0.08 * 10 ** (text.uniform(-6, 6) / 20)
+    audio = audio + text.standard_normal(samples) * 0.08 * 10 ** (-text.uniform(8, 40) / 20)
+    audio = audio + text.uniform(-0.4, 0.4) * np.append(0, audio[:-1])
     return np.clip(audio, -1, 1).astype(np.float32), lips
 
 
-# ------------------------------------------------------------------------------------------------------ talking heads
 class Clip(NamedTuple):
-    """video (T, S, S, 3) uint8; audio (T * 640,) float32 at 16 kHz; mouth (T, 2) float32: the drawn opening and width of
-    the mouth as fractions of the picture's side."""
-    video: torch.Tensor
-    audio: np.ndarray
-    mouth: np.ndarray
+    """A talking head: T frames of S x S pixels and their sound."""
+
+    video: torch.Tensor  # (T, S, S, 3) uint8, on the device that drew it
+    audio: np.ndarray  # (T * 640,) float32 in [-1, 1], at 16 kHz
+    mouth: np.ndarray  # (T, 2) float32: drawn opening and width as fractions of the picture's side
 
 
 def person(seed):
-    """A seeded identity: colours (RGB in 0..1), shapes in units of half the picture before ZOOM, and a way of speaking."""
+    """A seeded identity: a dict of colours (RGB in 0..1), shapes and a way of speaking.
+
+    Shapes are in units of half the picture before ZOOM; x goes right and y down from the centre."""
     rng = np.random.default_rng([seed, 3])
     u = rng.uniform
     tone = u()
-    skin = np.array([.97, .80, .70]) * (1 - tone) + np.array([.36, .23, .17]) * tone + rng.normal(0, .02, 3)
-    hair = np.array([.08, .06, .05]) + u() ** 2 * np.array([.75, .55, .30]) + rng.normal(0, .02, 3)
-    if u() < .12:
-        hair = np.full(3, u(.45, .8))                                # grey
-    return dict(
-        skin=skin, hair=hair.clip(.02, .95), lip=skin * np.array([.86, .58, .58]) + np.array([u(0, .10), 0, u(0, .04)]),
-        eye=np.array([u(.1, .4), u(.15, .5), u(.1, .6)]), back=rng.uniform(.1, .9, (2, 3)), cloth=rng.uniform(.05, .8, 3),
-        width=u(.66, .78), height=u(.82, .90), chin=u(1.9, 2.6), eye_y=u(-.33, -.24), eye_x=u(.27, .33), eye_r=u(.10, .13),
-        brow=u(.02, .045), nose=u(.07, .11), mouth_y=u(.45, .53), mouth_w=u(.30, .38), lip_up=u(.035, .065), lip_low=u(.05, .085),
-        hairline=u(-.72, -.5), long=u() < .4, beard=u(.25, .8) if u() < .3 else 0., beard_y=u(.15, .45), glasses=u() < .22,
-        light=rng.normal(0, 1, 2) * .12, gloss=u(.0, .10),
-        strength=u(.65, 1.25), tilt=rng.normal(0, .05), smile=rng.normal(.01, .025), show=u(.5, 1.3))
+    skin = np.array([0.97, 0.80, 0.70]) * (1 - tone) + np.array([0.36, 0.23, 0.17]) * tone
+    skin = skin + rng.normal(0, 0.02, 3)
+    hair = np.array([0.08, 0.06, 0.05]) + u() ** 2 * np.array([0.75, 0.55, 0.30])
+    hair = hair + rng.normal(0, 0.02, 3)
+    hair = np.full(3, u(0.45, 0.8)) if u() < 0.12 else hair  # grey
+    lip = skin * np.array([0.86, 0.58, 0.58]) + np.array([u(0, 0.10), 0, u(0, 0.04)])
+    p = dict(skin=skin, hair=hair.clip(0.02, 0.95), lip=lip)
+    p |= dict(eye=np.array([u(0.1, 0.4), u(0.15, 0.5), u(0.1, 0.6)]), back=u(0.1, 0.9, (2, 3)))
+    p |= dict(cloth=u(0.05, 0.8, 3), width=u(0.66, 0.78), height=u(0.82, 0.9), chin=u(1.9, 2.6))
+    p |= dict(eye_y=u(-0.33, -0.24), eye_x=u(0.27, 0.33), eye_r=u(0.1, 0.13), brow=u(0.02, 0.045))
+    p |= dict(nose=u(0.07, 0.11), mouth_y=u(0.45, 0.53), mouth_w=u(0.3, 0.38))
+    p |= dict(lip_up=u(0.035, 0.065), lip_low=u(0.05, 0.085), hairline=u(-0.72, -0.5))
+    p |= dict(long=u() < 0.4, beard=u(0.25, 0.8) if u() < 0.3 else 0.0, beard_y=u(0.15, 0.45))
+    p |= dict(glasses=u() < 0.22, light=rng.normal(0, 1, 2) * 0.12, gloss=u(0.0, 0.1))
+    p |= dict(strength=u(0.65, 1.25), tilt=rng.normal(0, 0.05), smile=rng.normal(0.01, 0.025))
+    return p | dict(show=u(0.5, 1.3))
 
 
 def mouth_mask(size):
-    """(S, S) float in 0..1: 1 where the model must invent the picture. Soft over a 24th of the side, so that no edge shows. What the
-    sound decides is drawn inside it only."""
-    axis = (torch.arange(size) + .5) / size
-    ramp = lambda a, lo, hi: ((a - lo) * 24).clamp(0, 1) * ((hi - a) * 24).clamp(0, 1)                # noqa: E731
-    return ramp(axis, .53, .99)[:, None] * ramp(axis, ASIDE, 1 - ASIDE)[None, :]
+    """(size, size) float32 in 0..1, on the CPU: 1 where the model must invent the picture.
+    Soft over a 24th of the side, so that no edge shows. What the sound decides is inside only."""
+    x = (torch.arange(size) + 0.5) / size
+    across = ((x - ASIDE) * 24).clamp(0, 1) * ((1 - ASIDE - x) * 24).clamp(0, 1)
+    down = ((x - 0.53) * 24).clamp(0, 1) * ((0.99 - x) * 24).clamp(0, 1)
+    return down[:, None] * across
 
 
-def coverage(distance, k):
-    """Anti-aliased inside-ness in 0..1 of a signed distance (negative inside) at k pixels a unit."""
-    return (.5 - distance * k).clamp_(0, 1)
+def ellipse(x, y, rx, ry):
+    """Approximate signed distance (negative inside) to an ellipse, in the units of x and y."""
+    return (((x / rx) ** 2 + (y / ry) ** 2).sqrt() - 1) * min(rx, ry)
 
 
-def ellipse(x, y, cx, cy, rx, ry):
-    """Approximate signed distance to an ellipse, in the units of x and y."""
-    return ((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt() - 1) * min(rx, ry)
+class Painter:
+    """Paints person p, back to front, on `image` (3, T, S, S) float32 in 0..1, on any device."""
+
+    def __init__(self, p, pose, opening, size, device):
+        self.p = p
+        self.device = device
+        self.k = size / 2 * ZOOM  # pixels a unit
+        self.inside = (mouth_mask(size).to(device) > 0).float()
+        axis = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
+        self.px, self.py = axis / ZOOM, axis[:, None] / ZOOM + LIFT
+        self.image = self.tracks(*p["back"][0])[:, None].repeat(1, len(opening), size, size)
+        roll, scale, dx, dy, self.yaw, pitch, self.opening = self.tracks(*pose, opening)
+        dx, dy = self.px - dx, self.py - dy
+        # Each pixel's place, (T, S, S): x, y on the head; u, v on the face, which turns.
+        self.x = (dx * roll.cos() + dy * roll.sin()) / scale
+        self.y = (dy * roll.cos() - dx * roll.sin()) / scale
+        self.u, self.v = self.x - self.yaw, self.y - pitch
+
+    def tracks(self, *tracks):
+        """Each track (T,) as (T, 1, 1) on the device, to which they travel together."""
+        return torch.tensor(np.array(tracks, np.float32), device=self.device)[..., None, None]
+
+    def cover(self, distance):
+        """Anti-aliased coverage in 0..1 of a signed distance."""
+        return (0.5 - distance * self.k).clamp_(0, 1)
+
+    def paint(self, alpha, rgb, rows=slice(None), shade=1.0):
+        """Lays a colour times shade over rows of all frames; alpha in 0..1."""
+        colour = self.tracks(*np.clip(rgb, 0, 1))[:, None] * shade
+        self.image[:, :, rows].lerp_(colour, alpha[None])
+
+    def behind_the_face(self):
+        """The background's second colour, long hair, shoulders, neck and hair."""
+        p, x, y = self.p, self.x, self.y
+        slope = ((self.py + 0.6 * self.px) * 0.35 + 0.5).clamp(0, 1)[None]
+        self.paint(slope, p["back"][1])
+        if p["long"]:
+            self.paint(self.cover(ellipse(x, y - 0.15, p["width"] + 0.13, 1.15)), p["hair"])
+        self.paint(self.cover(ellipse(self.px, self.py - 1.28, 0.95, 0.42))[None], p["cloth"])
+        neck = ((y - 0.3) * self.k).clamp(0, 1) * ((1.02 - y) * self.k).clamp(0, 1)
+        self.paint(self.cover(x.abs() - 0.34) * neck, p["skin"] * 0.72)
+        hair = ellipse(x, y + 0.12, p["width"] + 0.09, p["height"] + 0.06)
+        self.paint(self.cover(hair) * (y < 0.1), p["hair"])
+
+    def face(self, noise):
+        """Skin, beard and fringe. noise (48, 48): unevenness of the skin, fine and coarse."""
+        p, light = self.p, self.p["light"]
+        x, y, u, v = self.x, self.y, self.u, self.v
+        # The jaw: below the nose the face is stretched down as the mouth opens.
+        jaw = ((y - 0.2) * 1.6).clamp(0, 1) * (1 - (u / 0.44) ** 2).clamp(min=0)
+        jaw = y - 0.08 * self.inside * self.opening * jaw
+        noise = torch.tensor(noise, dtype=torch.float32, device=self.device)[None, None]
+        noise = noise + 3 * F.interpolate(F.avg_pool2d(noise, 4), size=48, mode="bilinear")
+        noise = noise.expand(len(u), -1, -1, -1)
+        grid = torch.stack([u, jaw], -1) * 0.8
+        noise = F.grid_sample(noise, grid, align_corners=False, padding_mode="reflection")[:, 0]
+        low = (jaw / p["height"]).clamp(min=0) ** p["chin"]
+        high = (y / (p["height"] * 0.95)).clamp(max=0) ** 2
+        edge = ((x / p["width"]).abs() ** p["chin"] + low + high) ** (1 / p["chin"])  # 1: the edge
+        shade = 1 + light[0] * u * 1.3 + light[1] * v
+        shade = shade - 0.22 * edge.clamp(0, 1) ** 4 + 0.018 * noise
+        fold = (u.abs() - p["mouth_w"] - 0.12 + 0.2 * (v - 0.4)) / 0.035  # from nose to chin
+        self.shade = shade - 0.10 * torch.exp(-(fold**2) - ((v - 0.3) / 0.16) ** 2)
+        alpha = self.cover((edge - 1) * p["width"])
+        self.paint(alpha, p["skin"], shade=self.shade)
+        if p["beard"]:
+            beard = jaw - p["beard_y"] + 0.9 * (x.abs() - 0.45).clamp(max=0) + 0.02 * noise
+            beard = (0.5 + beard * 9).clamp(0, 1) * p["beard"] * (1 + 0.12 * noise)
+            self.paint(alpha * beard.clamp(0, 1), p["hair"] * 0.8, shade=self.shade)
+        fringe = y - p["hairline"] - 0.10 * torch.sin(2.2 * u + light[0] * 20) - 0.03 * noise
+        self.paint(alpha * self.cover(fringe / 2), p["hair"], shade=1 + 0.08 * noise)
+
+    def eyes_and_nose(self, blink, gaze):
+        """blink (T,) in 0..1: how shut the eyes are; gaze (T,): shift of the pupils."""
+        p, r = self.p, self.p["eye_r"]
+        rows = slice(0, int(len(self.inside) * 0.66))  # the others need no work
+        u, v, shade = self.u[:, rows], self.v[:, rows], self.shade[:, rows]
+        lid, gaze = self.tracks(r * 0.62 * (1 - 0.92 * blink), gaze)
+        y = v - p["eye_y"]
+        for side in (-1, 1):
+            x = u - side * p["eye_x"]
+            socket = ellipse(x, y, r * 1.25, r * 0.95)
+            self.paint(self.cover(socket / 2) * 0.25, p["skin"] * 0.6, rows, shade)
+            eye = self.cover((((x / r) ** 2 + (y / lid) ** 2).sqrt() - 1) * lid)
+            eye = eye * self.cover(x.abs() - r)
+            self.paint(eye, (0.93, 0.93, 0.92), rows)
+            for share, rgb in ((0.48, p["eye"]), (0.22, (0.03, 0.03, 0.03))):  # iris and pupil
+                self.paint(eye * self.cover(ellipse(x - gaze, y, r * share, r * share)), rgb, rows)
+            brow = (y + r * 1.35 + 0.5 * x**2 - 0.02 * side * x).abs() - p["brow"]
+            self.paint(self.cover(brow) * self.cover(x.abs() - r * 1.4), p["hair"] * 0.7, rows)
+            if p["glasses"]:
+                frame = ellipse(x, y, r * 1.75, r * 1.5).abs() - 0.014
+                self.paint(self.cover(frame), (0.08, 0.08, 0.08), rows)
+        ridge = torch.exp(-(((u - 0.6 * self.yaw) / 0.05) ** 2)) * (0.10 + p["gloss"])
+        ridge = ridge * ((v + 0.3) * 3).clamp(0, 1) * ((0.13 - v) * 8).clamp(0, 1)
+        self.paint(ridge, (1, 1, 1), rows)
+        for side in (-1, 1):
+            nostril = ellipse(u - side * p["nose"] * 0.6, v - 0.12, p["nose"] * 0.42, 0.028)
+            self.paint(self.cover(nostril) * 0.55, p["skin"] * 0.35, rows)
+
+    def mouth(self, *tracks):
+        """Lips, teeth and tongue from the tracks (T,) that draw makes."""
+        p = self.p
+        rows = slice(len(self.inside) // 2, None)
+        shade, inside = self.shade[:, rows], self.inside[rows]
+        half, rounding, teeth, tongue, aside, slant, smile = self.tracks(*tracks)
+        gap = 0.31 * self.opening  # height of the inner opening, from -lower to lower
+        u = self.u[:, rows] - aside
+        w = (u / half).clamp(-1, 1)  # -1 and 1 at the corners
+        bend, circle = 1 - w * w, (1 - w * w).sqrt()
+        y = self.v[:, rows] - p["mouth_y"] - 0.25 * gap  # the lower lip moves more than the upper
+        y = y - (p["tilt"] + slant) * u - (p["smile"] + smile) * (1 - 2 * w * w)
+        lower = 0.5 * gap * torch.lerp(bend, circle, 0.25 + 0.75 * rounding.clamp(0, 1))
+        full = (1 + 0.25 * rounding) * circle
+        bow = 1 - 0.30 * torch.exp(-((w / 0.16) ** 2))  # the dip in the middle of the upper lip
+        top, bottom = -lower - p["lip_up"] * full * bow, lower + p["lip_low"] * full
+        shadow = torch.exp(-(((y - bottom - 0.05) / 0.03) ** 2)) * circle * 0.22
+        self.paint(shadow * inside, p["skin"] * 0.55, rows, shade)
+        inside = inside * self.cover(u.abs() - half)
+        gloss = torch.exp(-(((y - lower - p["lip_low"] * 0.5) / 0.018) ** 2))
+        lit = shade * (1 + (0.10 + p["gloss"]) * gloss)
+        self.paint(inside * self.cover(top - y) * self.cover(y - bottom), p["lip"], rows, lit)
+        hole = inside * self.cover(-lower - y) * self.cover(y - lower)
+        self.paint(hole, (0.16, 0.04, 0.05), rows)
+        tip = lower - gap * (0.12 + 0.50 * tongue) * (1 - 0.6 * w * w)
+        seen = self.cover(tip - y) * (gap * 12).clamp(0, 1)
+        self.paint(hole * seen, (0.70, 0.30, 0.32), rows)
+        edge = (0.03 + 0.05 * teeth) * (1 - 0.5 * w * w) - lower
+        seen = self.cover(y - edge) * (teeth * 1.5).clamp(0, 1) * (1 - 0.5 * w**4)
+        ridges = torch.exp(-(((torch.remainder(u / 0.055, 1) - 0.5) / 0.09) ** 2))
+        self.paint(hole * seen, (1, 1, 1), rows, 0.86 - 0.10 * ridges)
 
 
-def band(y, top, bottom, k):
-    """Coverage of the region between two curves."""
-    return ((y - top) * k + .5).clamp(0, 1) * ((bottom - y) * k + .5).clamp(0, 1)
+def draw(seed, frames, size, text=None, voice=None, detail=None, device="cpu"):
+    """Draw a Clip of `frames` frames, size x size pixels, on `device`.
 
-
-def draw(seed, frames, size, text=None, voice=None, detail=None, speed=1.):
-    """Draw a Clip of `frames` frames, size x size pixels. `seed` decides the person, pose and blinks; `text` and
-    `voice` the sound and hence the lips (default: seed); `detail` what the sound does not decide, such as how much of the
-    teeth shows (default: text); `speed` how fast it is said. `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)` to other words."""
+    `seed` decides the person, pose and blinks; `text` and `voice` the sound and hence the lips
+    (default: seed); `detail` what the sound does not decide, such as how much of the teeth shows
+    (default: text). `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)`."""
     text = seed if text is None else text
-    p, rng = person(seed), np.random.default_rng([seed, 4])
-    fine = np.random.default_rng([text if detail is None else detail, 5])
-    audio, lips = speak(seed if voice is None else voice, text, frames / FPS, speed)
+    p = person(seed)
+    rng = np.random.default_rng([seed, 4])
+    audio, lips = speak(seed if voice is None else voice, text, frames / FPS)
     t = np.arange(frames) / FPS
-    lips = lips[(t * SPEECH_FPS).astype(int) + SPEECH_FPS // (2 * FPS)]                              # (T, 5)
-
-    column = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float32).reshape(-1, 1, 1)         # noqa: E731
-    colour = lambda c: torch.tensor(np.clip(c, 0, 1), dtype=torch.float32).reshape(3, 1, 1, 1)       # noqa: E731
-    k, axis = size / 2 * ZOOM, (torch.arange(size) + .5) / size * 2 - 1
-    img, inside = torch.empty(3, frames, size, size), (mouth_mask(size) > 0).float()
-
-    def paint(alpha, c, rows=slice(None)):
-        img[:, :, rows] = torch.lerp(img[:, :, rows], c if torch.is_tensor(c) else colour(c), alpha[None])
-
-    # Background and head pose. Everything on the head is drawn in its own coordinates x, y; u is x turned by the yaw.
-    px, py = axis.expand(size, size)[None] / ZOOM, axis[:, None].expand(size, size)[None] / ZOOM + LIFT
-    img[:] = torch.lerp(colour(p["back"][0]), colour(p["back"][1]), ((py + .6 * px) * .35 + .5).clamp(0, 1)[None])
-    sway = lambda amount, fastest, around=0: column(around + SWAY * amount * wander(rng, t, .05, fastest))     # noqa: E731
-    roll, scale = sway(.05, .6), sway(.02, .4, around=1)
-    dx, dy = px - sway(.03, .7), py - sway(.025, .8)
-    x, y = (dx * roll.cos() + dy * roll.sin()) / scale, (dy * roll.cos() - dx * roll.sin()) / scale
-    yaw, pitch = sway(.05, .5), sway(.02, .6)
-    u, v = x - yaw, y - pitch
-    opening = column(lips[:, 0] * p["strength"])
-    # The jaw: below the nose the face is stretched down as the mouth opens.
-    yj = y - .08 * inside * opening * ((y - .2) * 1.6).clamp(0, 1) * (1 - (u / .44) ** 2).clamp(min=0)
-
-    if p["long"]:
-        paint(coverage(ellipse(x, y, 0, .15, p["width"] + .13, 1.15), k), p["hair"])
-    paint(coverage(ellipse(px, py, 0, 1.28, .95, .42), k).expand(frames, -1, -1), p["cloth"])
-    paint(coverage((x.abs() - .34), k) * ((y - .3) * k).clamp(0, 1) * ((1.02 - y) * k).clamp(0, 1), p["skin"] * .72)
-    paint(coverage(ellipse(x, y, 0, -.12, p["width"] + .09, p["height"] + .06), k) * (y < .1), p["hair"])
-
-    lower = (yj / p["height"]).clamp(min=0)
-    face = ((x / p["width"]).abs() ** p["chin"] + lower ** p["chin"] + (y / (p["height"] * .95)).clamp(max=0) ** 2) ** (1 / p["chin"])
-    alpha = coverage((face - 1) * p["width"], k)
-    noise = torch.from_numpy(np.random.default_rng([seed, 6]).standard_normal((1, 1, 48, 48))).float()
-    noise = noise + F.interpolate(F.avg_pool2d(noise, 4), size=48, mode="bilinear") * 3
-    grid = torch.stack([u, yj], -1) * .8
-    texture = F.grid_sample(noise.expand(frames, -1, -1, -1), grid, align_corners=False, padding_mode="reflection")[:, 0]
-    shade = 1 + p["light"][0] * u * 1.3 + p["light"][1] * v - .22 * face.clamp(0, 1) ** 4 + .018 * texture
-    shade = shade - .10 * torch.exp(-((u.abs() - p["mouth_w"] - .12 + .2 * (v - .4)) / .035) ** 2 - ((v - .3) / .16) ** 2)
-    skin = colour(p["skin"]) * shade[None]
-    paint(alpha, skin)
-    if p["beard"]:
-        edge = .5 + (yj - p["beard_y"] + .9 * (x.abs() - .45).clamp(max=0) + .02 * texture) * 9
-        paint(alpha * (edge.clamp(0, 1) * p["beard"] * (1 + .12 * texture)).clamp(0, 1), colour(p["hair"] * .8) * shade[None])
-    fringe = coverage(y - p["hairline"] - .10 * torch.sin(2.2 * u + p["light"][0] * 20) - .03 * texture, k / 2)
-    paint(alpha * fringe, colour(p["hair"]) * (1 + .08 * texture)[None])
-
-    blink = np.zeros(frames)
-    for start in np.cumsum(rng.uniform(1., 4., max(8, frames // 25))) - rng.uniform(0, 2):
-        blink = np.maximum(blink, np.exp(-((t - start) / .06) ** 2))
-    gaze, top = column(.025 * np.round(wander(rng, t, .1, .5))), slice(0, int(size * .66))
-    draw_eyes(paint, top, u[:, top], v[:, top], shade[:, top], k, p, column, colour, blink, gaze, yaw)
-
-    low = slice(int(size * .5), size)
-    within = lambda alpha, c, rows: paint(alpha * inside[rows], c, rows)                             # noqa: E731
-    width = draw_mouth(within, low, u[:, low], v[:, low], shade[:, low], k, p, column, colour, lips, fine, t)
-    video = (img * 255).add_(.5).clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-    mouth = np.stack([.155 * lips[:, 0] * p["strength"], width.flatten().numpy()], 1).astype(np.float32)
-    return Clip(video, audio, mouth * ZOOM * scale.flatten().numpy()[:, None])
+    lips = lips[(t * SPEECH_FPS).astype(int) + SPEECH_FPS // (2 * FPS)].T  # (5, T), mid-frame
+    # Roll, scale, dx, dy, yaw, pitch: how far each goes, and at most how fast (Hz).
+    sways = ((0.05, 0.6), (0.02, 0.4), (0.03, 0.7), (0.025, 0.8), (0.05, 0.5), (0.02, 0.6))
+    pose = np.stack([SWAY * far * wander(rng, t, 0.05, fast) for far, fast in sways])
+    pose[1] += 1
+    starts = np.cumsum(rng.uniform(1.0, 4.0, max(8, frames // 25))) - rng.uniform(0, 2)
+    blink = np.exp(-(((t[:, None] - starts) / 0.06) ** 2)).max(1)
+    gaze = 0.025 * np.round(wander(rng, t, 0.1, 0.5))
+    # What the sound leaves open: how much of the teeth and the tongue shows, and how the mouth
+    # sits: aside, aslant, in a smile.
+    fine = np.random.default_rng([text if detail is None else detail, 5])
+    teeth = (lips[3] * p["show"] + 0.3 * wander(fine, t, 0.3, 3.0)).clip(0, 1.2)
+    tongue = (lips[4] + 0.25 * wander(fine, t, 0.3, 3.0)).clip(0, 1)
+    sits = [far * wander(fine, t, 0.3, 2.0) for far in (0.03, 0.06, 0.015)]
+    wide, rounding = lips[1:3].astype(np.float32)
+    # Half the width, in halves of the picture: so it is the width in pictures.
+    half = p["mouth_w"] * (0.74 + 0.36 * wide - 0.40 * rounding)
+    painter = Painter(p, pose, lips[0] * p["strength"], size, device)
+    painter.behind_the_face()
+    painter.face(np.random.default_rng([seed, 6]).standard_normal((48, 48)))
+    painter.eyes_and_nose(blink, gaze)
+    painter.mouth(half, rounding, teeth, tongue, *sits)
+    video = (painter.image * 255).add_(0.5).clamp_(0, 255).to(torch.uint8)
+    mouth = np.stack([0.155 * lips[0] * p["strength"], half], 1).astype(np.float32)
+    mouth = mouth * ZOOM * pose[1].astype(np.float32)[:, None]
+    return Clip(video.permute(1, 2, 3, 0).contiguous(), audio, mouth)
 
 
-def draw_eyes(paint, rows, u, v, shade, k, p, column, colour, blink, gaze, yaw):
-    """Eyes, brows, glasses and nose on the head's coordinates u, v (T, rows, S). blink (T,) in 0..1; gaze and yaw (T, 1, 1)."""
-    for side in (-1, 1):
-        ex, ey, r = side * p["eye_x"], p["eye_y"], p["eye_r"]
-        lid = column(r * .62 * (1 - .92 * blink))
-        eye = coverage((((u - ex) / r) ** 2 + ((v - ey) / lid) ** 2).sqrt().sub(1) * lid, k) * coverage((u - ex).abs() - r, k)
-        paint(coverage(ellipse(u, v, ex, ey, r * 1.25, r * .95), k / 2) * .25, colour(p["skin"] * .6) * shade[None], rows)
-        paint(eye, np.array([.93, .93, .92]), rows)
-        paint(eye * coverage(ellipse(u, v, ex + gaze, ey, r * .48, r * .48), k), p["eye"], rows)
-        paint(eye * coverage(ellipse(u, v, ex + gaze, ey, r * .22, r * .22), k), np.full(3, .03), rows)
-        paint(coverage((v - ey + r * 1.35 + .5 * (u - ex) ** 2 - .02 * side * (u - ex)).abs() - p["brow"], k)
-              * coverage((u - ex).abs() - r * 1.4, k), p["hair"] * .7, rows)
-        if p["glasses"]:
-            paint(coverage(ellipse(u, v, ex, ey, r * 1.75, r * 1.5).abs() - .014, k), np.full(3, .08), rows)
-    nose = torch.exp(-((u - .6 * yaw) / .05) ** 2) * (.10 + p["gloss"]) * ((v + .3) * 3).clamp(0, 1) * ((.13 - v) * 8).clamp(0, 1)
-    paint(nose, np.ones(3), rows)
-    for side in (-1, 1):
-        paint(coverage(ellipse(u, v, side * p["nose"] * .6, .12, p["nose"] * .42, .028), k) * .55, p["skin"] * .35, rows)
-
-
-def draw_mouth(paint, rows, u, v, shade, k, p, column, colour, lips, fine, t):
-    """Lips, teeth and tongue on the head's coordinates u, v (T, rows, S). Returns the mouth's width (T, 1, 1), as a
-    fraction of the picture's side before ZOOM; its inner opening is .155 * lips' opening * strength of it."""
-    opening, wide, rounding = (column(lips[:, i]) for i in range(3))
-    # What the sound leaves open: how much of the teeth and the tongue shows, and how the mouth sits: aside, aslant, in a smile.
-    teeth = column(np.clip(lips[:, 3] * p["show"] + .3 * wander(fine, t, .3, 3.), 0, 1.2))
-    tongue = column(np.clip(lips[:, 4] + .25 * wander(fine, t, .3, 3.), 0, 1))
-    aside, aslant, smile = (a * column(wander(fine, t, .3, 2.)) for a in (.03, .06, .015))
-    u = u - aside
-    half = p["mouth_w"] * (.74 + .36 * wide - .40 * rounding)
-    gap = .31 * opening * p["strength"]                              # height of the inner opening
-    w = (u / half).clamp(-1, 1)
-    y = v - p["mouth_y"] - (p["tilt"] + aslant) * u - (p["smile"] + smile) * (1 - 2 * w * w)
-    y = y - .25 * gap                                                # the lower lip goes down more than the upper goes up
-    arch = torch.lerp(1 - w * w, (1 - w * w).sqrt(), .25 + .75 * rounding.clamp(0, 1))
-    round_ = (1 - w * w).sqrt()
-    upper, lower = -.5 * gap * arch, .5 * gap * arch
-    full = 1 + .25 * rounding
-    bow = 1 - .30 * torch.exp(-(w / .16) ** 2)                       # the dip in the middle of the upper lip
-    lip_top, lip_bottom = upper - p["lip_up"] * full * bow * round_, lower + p["lip_low"] * full * round_
-    inside = coverage(u.abs() - half, k)
-    shadow = torch.exp(-((y - lip_bottom - .05) / .03) ** 2) * round_ * .22
-    paint(shadow, colour(p["skin"] * .55) * shade[None], rows)
-    lit = shade * (1 + (.10 + p["gloss"]) * torch.exp(-((y - lower - p["lip_low"] * .5) / .018) ** 2))
-    paint(inside * band(y, lip_top, lip_bottom, k), colour(p["lip"]) * lit[None], rows)
-    hole = inside * band(y, upper, lower, k)
-    paint(hole, np.array([.16, .04, .05]), rows)
-    tip = lower - gap * (.12 + .50 * tongue) * (1 - .6 * w * w)
-    paint(hole * band(y, tip, lower + .1, k) * (gap * 12).clamp(0, 1), np.array([.70, .30, .32]), rows)
-    edge = upper + (.03 + .05 * teeth) * (1 - .5 * w * w)
-    ridges = .86 - .10 * torch.exp(-((torch.remainder(u / .055, 1) - .5) / .09) ** 2)
-    paint(hole * band(y, upper - .1, edge, k) * (teeth * 1.5).clamp(0, 1) * (1 - .5 * w ** 4), ridges.clamp(0, 1)[None], rows)
-    return half
-
-
-def dub_pair(index, frames, size, split="held-out"):
-    """(source, truth): the same person, pose and blinks saying other words. Source: what a dubber is given, with
-    truth.audio. Truth: what it should give back."""
+def dub_pair(index, frames, size, split="held-out", device="cpu"):
+    """(source, truth), two Clips: the same person, pose and blinks saying other words. Source:
+    what a dubber is given, with truth.audio. Truth: what it should give back."""
     seed = SPLITS[split] + 2 * index
-    return draw(seed, frames, size), draw(seed, frames, size, text=seed + 1)
+    source = draw(seed, frames, size, device=device)
+    return source, draw(seed, frames, size, text=seed + 1, device=device)

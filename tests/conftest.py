@@ -1,19 +1,23 @@
-"""Shared pieces: a real tiny network, a few drawn clips, a small expert. Everything runs on a CPU: layers in
-float32, whole jobs in what the CPU multiplies fastest (bf16 if it can)."""
+"""Shared pieces: a real tiny network, a few drawn clips, a small expert. Everything runs on a CPU:
+layers in float32, whole jobs in what the CPU multiplies fastest (PRECISION=float32 pytest: all)."""
+
 import os
 import sys
 
 if not any("test_device" in word for word in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""      # before torch is imported; only test_device.py, if it is asked for by name, is for a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # before torch is imported; only test_device.py is for GPUs
+    )
 
 import pytest
 import torch
 
 import data
 import distill
-import model as nn_model
-import runtime
+import model
 import syncnet
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -21,50 +25,74 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def tiny():
-    """A tiny DiT whose gates are open, so that every weight matters."""
-    torch.manual_seed(1)
-    net = nn_model.DiT(nn_model.Config(**nn_model.SIZES["tiny"])).eval()
-    for p in net.parameters():
-        p.data += .05 * torch.randn_like(p)
-    return net
+@pytest.fixture
+def float32(monkeypatch):
+    """Everything in float32: only the order of additions differs."""
+    monkeypatch.setattr("runtime.PRECISION", "float32")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.fixture(scope="session")
 def cfg(tmp_path_factory):
-    fields = dict(distill.PRESETS["tiny"], clips=6, clip_latents=16, latents=6, eval_clips=2, table_clips=2, sync_steps=2, teacher_steps=4, teacher_batch=2,
-                  init_steps=2, init_batch=2, dmd_steps=2, dmd_batch=2, critic_updates=2)
-    return distill.Config(**fields, config="tiny", out=str(tmp_path_factory.mktemp("run")))
+    """tiny, with next to no steps."""
+    few = dict(clips=6, latents=6, batch=2, sync_steps=2, teacher_steps=4, init_steps=2)
+    few.update(dmd_steps=2, dmd_batch=2, critic_updates=2)
+    out = str(tmp_path_factory.mktemp("run"))
+    return distill.Config(**distill.PRESETS["tiny"] | few, config="tiny", out=out)
 
 
 @pytest.fixture(scope="session")
-def samples(cfg):
-    return data.Samples(data.Bank(cfg.size, 4 * cfg.clip_latents, cfg.clips), cfg, torch.device("cpu"), runtime.fast_dtype(torch.device("cpu")))
+def tiny(cfg):
+    """A tiny DiT in which every weight matters."""
+    torch.manual_seed(1)
+    net = model.DiT(model.network_of(cfg)).eval()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return net
 
 
 @pytest.fixture(scope="session")
-def expert(tmp_path_factory):
+def clips(cfg):
+    return data.Clips(cfg.size, cfg.clips, CPU, latents=16)
+
+
+@pytest.fixture(scope="session")
+def watch(cfg):
+    return data.held_out(2, cfg.size, "watch", CPU, 6)
+
+
+@pytest.fixture(scope="session")
+def expert_file(tmp_path_factory, cfg):
     """A SyncNet trained for seconds on drawn clips: enough to find an offset."""
-    path, device = str(tmp_path_factory.mktemp("sync") / "syncnet.pt"), torch.device("cpu")
-    syncnet.train(path, syncnet.Config(size=32), data.Bank(32, 60, 96), 160, 12, 3, device, data.Bank(32, 48, 4, "watch"))
-    return syncnet.load_syncnet(path)
+    path = tmp_path_factory.mktemp("sync") / "judge.pt"
+    few = data.Clips(cfg.size, 60, CPU, latents=24)
+    held_out = data.held_out(4, cfg.size, "watch", CPU, 12)
+    syncnet.train(path, syncnet.Config(size=cfg.size), few, 160, 3, held_out, world=data.world())
+    return path
+
+
+@pytest.fixture(scope="session")
+def expert(expert_file):
+    return syncnet.load_syncnet(expert_file)
 
 
 @pytest.fixture(scope="session")
 def student_file(tiny, cfg):
     path = f"{cfg.out}/a_student.pt"
-    nn_model.save_dit(path, tiny, cfg, "student", 0)
+    model.save_dit(path, tiny, "student", world=data.world())
     return path
 
 
 @pytest.fixture
 def parts(tiny):
-    """make(L, batch) -> x, cond, audio of L latent frames."""
+    """make(L, batch) -> x_t and a Cond of L latent frames."""
+
     def make(latents, batch=2):
-        video = torch.rand(batch, 4 * latents, 32, 32, 3) * 2 - 1
-        patches = data.patchify(video, 8)
-        cond = tiny.embed_cond(patches, patches.roll(1, 1))
-        heard = data.hearing(torch.randn(batch, 16 * latents, data.MELS), tiny.cfg)
-        return torch.randn_like(cond.known), nn_model.Cond(*(c.detach() for c in cond)), tiny.embed_audio(heard).detach()
+        rectangle = torch.rand(batch, 4 * latents, 32, 24, 3) * 2 - 1
+        heard = data.hearing(torch.randn(batch, 16 * latents, data.MELS))
+        with torch.no_grad():
+            cond = tiny.embed(rectangle, rectangle.roll(1, 1), heard)
+        return torch.randn_like(cond.known), cond
+
     return make

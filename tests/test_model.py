@@ -1,163 +1,126 @@
 import copy
+import dataclasses
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 import data
-import model as nn_model
+import model
 import sample
-from model import Cache, Cond, visible
+from faces import mouth_mask
+from model import Cache, visible
+
+pytestmark = pytest.mark.usefixtures("float32")
 
 
-def chunks(latents, chunk=3):
-    return [slice(a, a + chunk) for a in range(0, latents, chunk)]
-
-
-def streamed(tiny, x, cond, audio, t):
-    """Chunk by chunk: what the network says at t, each chunk then cached by the pass at t = 0 that also the clip below makes."""
-    cache, outputs = Cache(tiny, len(x)), []
-    for s in chunks(x.shape[1]):
-        part = Cond(*(c[:, s] for c in cond)), audio[:, s]
-        outputs.append(tiny(x[:, s], t, *part, cache=cache))
-        tiny(x[:, s], t, *part, cache=cache, store="finished")
-        cache.advance()
-    return torch.cat(outputs, 1)
-
-
-@pytest.mark.parametrize("latents", [3, 6, 18])          # shorter than, equal to, three times the window
+@pytest.mark.parametrize("latents", [3, 6, 18])  # shorter than, equal to, three times the window
+@pytest.mark.parametrize("chunk, sink, window", [(3, 1, 6), (3, 0, 3), (1, 2, 4), (2, 3, 5)])
 @torch.no_grad()
-def test_streaming_equals_the_causal_clip(tiny, parts, latents):
-    x, cond, audio = parts(latents)
-    clip = tiny(x, 0., cond, audio, causal=True)
-    torch.testing.assert_close(streamed(tiny, x, cond, audio, 0.), clip, atol=1e-5, rtol=0)
-
-
-def test_window():
-    cfg = nn_model.Config()
-    assert visible(0, cfg) == [0, 1, 2] and visible(1, cfg) == [0, 1, 2, 3, 4, 5]
-    assert visible(2, cfg) == [0, 3, 4, 5, 6, 7, 8] and visible(9, cfg) == [0, 24, 25, 26, 27, 28, 29]
-
-
-@torch.no_grad()
-def test_the_sink_is_read(tiny, parts):
-    """One block, so that the first latent frame reaches chunk 5 by attention alone; the second one does not."""
-    net = copy.deepcopy(tiny)
-    net.blocks = net.blocks[:1]
-    x, cond, audio = parts(18, 1)
-    before = net(x, 0., cond, audio, causal=True)
-    for frame, reaches in ((0, True), (1, False)):
-        changed = x.clone()
-        changed[:, frame] += 1
-        assert torch.equal(net(changed, 0., cond, audio, causal=True)[:, 15:], before[:, 15:]) != reaches
-
-
-@torch.no_grad()
-def test_causality(tiny, parts):
-    x, cond, audio = parts(12)
-    for k in (1, 2):
-        changed = x.clone()
-        changed[:, 3 * k:3 * k + 3] += 1
-        a, b = (tiny(z, .5, cond, audio, causal=True) for z in (x, changed))
-        assert torch.equal(a[:, :3 * k], b[:, :3 * k])
-        assert not torch.allclose(a[:, 3 * k + 3:], b[:, 3 * k + 3:], atol=1e-4)
-        assert not torch.allclose(tiny(x, .5, cond, audio)[:, :3 * k], tiny(changed, .5, cond, audio)[:, :3 * k], atol=1e-4)
-
-
-@torch.no_grad()
-def test_300_chunks_in_constant_memory(tiny, parts):
-    x, cond, audio = parts(3, 1)
-    cache = Cache(tiny, 1)
-    where, shape, seen = cache.kv.data_ptr(), cache.kv.shape, {}
-    for c in range(300):
-        tiny(x, 0., cond, audio, cache=cache, store="finished")
-        cache.advance()
-        if c in (9, 299):
-            seen[c] = tiny(x, .5, cond, audio, cache=cache)
-    torch.testing.assert_close(seen[9], seen[299], atol=1e-5, rtol=0)                        # nothing depends on how late it is
-    assert (cache.kv.data_ptr(), cache.kv.shape) == (where, shape)
-    assert cache.chunks == 300 and len(cache.frames) == 4 and len(visible(300, tiny.cfg)) == 7    # positions 0..6, for ever
-
-
-def test_a_compiled_stream_runs_the_same_graphs_for_ever(tiny, parts):
-    """What CUDA graphs need: once the window is full there are two graphs, with or without the last chunk's cache pass, and no more. The numbers
-    are those of the eager pass."""
-    from torch._dynamo.testing import CompileCounter
-    given, counter, graphs, outputs = [parts(3, 1)[1:] for _ in range(9)], CompileCounter(), [], []
+def test_streaming_equals_the_causal_clip(tiny, parts, latents, chunk, sink, window):
     net = copy.copy(tiny)
+    net.cfg = dataclasses.replace(tiny.cfg, chunk=chunk, sink=sink, window=window)
+    x, cond = parts(latents)
+    clip = net(x, 0.0, cond, causal=True)
+    cache, outputs = Cache(net, len(x)), []
+    where, shape = cache.kv.data_ptr(), cache.kv.shape
+    for part, known in zip(x.split(chunk, 1), sample.in_chunks(cond, chunk)):
+        outputs.append(net(part, 0.0, known, cache=cache))
+        assert net(part, 0.0, known, cache=cache, store=True) is None
+        cache.advance()
+    torch.testing.assert_close(torch.cat(outputs, 1), clip, atol=1e-5, rtol=0)
+    assert (cache.kv.data_ptr(), cache.kv.shape) == (where, shape)  # constant memory
+
+
+def test_the_window():
+    cfg = model.Config()
+    assert visible(0, cfg) == [0, 1, 2] and visible(1, cfg) == [0, 1, 2, 3, 4, 5]
+    assert visible(2, cfg) == [0, 3, 4, 5, 6, 7, 8]
+    assert visible(9, cfg) == [0, 24, 25, 26, 27, 28, 29]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@torch.no_grad()
+def test_a_change_leaves_earlier_chunks_bit_identical(tiny, parts, k):
+    x, cond = parts(12)
+    changed = x.clone()
+    changed[:, 3 * k : 3 * k + 3] += 1
+    a, b = (tiny(z, 0.5, cond, causal=True) for z in (x, changed))
+    assert torch.equal(a[:, : 3 * k], b[:, : 3 * k])
+    assert not torch.allclose(a[:, 3 * k + 3 :], b[:, 3 * k + 3 :], atol=1e-4)
+    a, b = (tiny(z, 0.5, cond) for z in (x, changed))  # the teacher sees everything
+    assert not torch.allclose(a[:, : 3 * k], b[:, : 3 * k], atol=1e-4)
+
+
+def test_a_compiled_stream_runs_the_same_two_graphs_for_ever(tiny, parts):
+    """With the window full: the denoising call's and the cache pass's. The numbers are eager's."""
+    counter, net, conds = CompileCounter(), copy.copy(tiny), [parts(3, 1)[1] for _ in range(9)]
     net.compile(backend=counter, dynamic=False)
-    for x0 in sample.generate(net, given, noise=sample.seeded(1)):
-        outputs.append(x0)
-        graphs.append(counter.frame_count)
-    assert graphs == [0, 0, 0, 0, 2, 2, 2, 2, 2]
-    eager = list(sample.generate(tiny, given, noise=sample.seeded(1)))
-    torch.testing.assert_close(torch.stack(outputs), torch.stack(eager), atol=1e-5, rtol=0)
+    compiled, eager = (list(sample.generate(n, conds, sample.seeded(1))) for n in (net, tiny))
+    assert counter.frame_count == 2
+    torch.testing.assert_close(torch.cat(compiled), torch.cat(eager), atol=1e-5, rtol=0)
 
 
-def test_patches_round_trip():
-    video = torch.randint(256, (2, 8, 64, 64, 3), dtype=torch.uint8)
-    x = data.patchify(video, 16)
-    assert x.shape == (2, 2, 8, 2 * 3072) and torch.equal(data.unpatchify(x, 16), video)
-    assert torch.equal(data.picture(x[..., 3072:], x, 16), video)
-    assert torch.equal(x[0, 0, 0, 3072:].view(4, 16, 16, 3), video[0, :4, 32:48, :16])
+@pytest.mark.parametrize("size, patch", [(32, 8), (64, 8), (64, 16), (96, 8)])
+def test_tokens_tile_the_mouth_rectangle(size, patch):
+    video = torch.randint(256, (2, 8, size, size, 3), dtype=torch.uint8)
+    rectangle = data.mouth(video)
+    assert torch.equal(rectangle, video[:, :, size // 2 :, size // 8 : -(size // 8)])
+    assert torch.equal(data.paste(rectangle, video), video)
+    assert not mouth_mask(size)[(data.paste(rectangle + 1, video) == video)[0, 0, :, :, 0]].any()
+    tokens, n = data.to_tokens(rectangle, patch), model.n_tokens(model.Config(size, patch))
+    assert tokens.shape == (2, 2, n, 12 * patch**2)
+    assert torch.equal(data.to_pixels(tokens, patch), rectangle)
+    for i in range(n):
+        row, column = (patch * place for place in divmod(i, size * 3 // 4 // patch))
+        square = rectangle[1, 4:, row : row + patch, column : column + patch]
+        assert torch.equal(tokens[1, 1, i], square.flatten())
 
 
-@pytest.mark.parametrize("size, patch, count", [(32, 8, 8), (64, 16, 8), (64, 8, 24), (128, 16, 24), (96, 8, 60)])
-def test_tokens_are_where_the_mask_is(size, patch, count):
-    """No column of patches that the mask touches is left out, and none that it does not touch is a token. The picture is put together again."""
-    video, p = torch.randint(256, (1, 4, size, size, 3), dtype=torch.uint8), 12 * patch * patch
-    x, n = data.patchify(video, patch), size // patch
-    own = data.inner(x)[..., p:]
-    assert own.shape[2] == nn_model.tokens(nn_model.Config(size=size, patch=patch)) == count
-    touched = data.mouth_mask(size).view(size, n, patch).amax((0, 2)) > 0
-    assert touched.tolist() == [i in range(n)[data.columns(n)] for i in range(n)]
-    assert torch.equal(data.picture(own, x, patch), video)
-    assert (data.picture(own + 1, x, patch) != video).any((0, 1, 2, 4)).view(n, patch).all(1).tolist() == touched.tolist()
-
-
-def test_overlap_add_is_fold():
-    """Against torch's own fold: squares of 12 pixels on a grid of 8."""
-    p, m, rows, columns = 8, 2, 2, 4
-    q = p + 2 * m
-    squares = torch.randn(2, rows, columns, 4, q, q, 3, dtype=torch.float64)
-    cuts = {-1: slice(0, m), 0: slice(m, m + p), 1: slice(m + p, q)}
-    order = [(0, 0), (-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
-    stored = torch.cat([squares[..., cuts[dy], cuts[dx], :].flatten(3) for dy, dx in order], -1).requires_grad_()
-    out = nn_model.OverlapAdd.apply(stored, p, m)
-    folded = F.fold(squares.permute(0, 3, 6, 4, 5, 1, 2).reshape(2, 12 * q * q, -1), (rows * p, columns * p), q, stride=p, padding=m)
-    torch.testing.assert_close(out.permute(0, 3, 6, 1, 4, 2, 5).reshape(2, 12, rows * p, columns * p), folded)
-    small = torch.randn(1, 2, 2, 12 * 36, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: nn_model.OverlapAdd.apply(z, 4, 1), small)
-
-
-@pytest.mark.parametrize("size", [32, 64])              # without and with columns of patches that are no tokens
+@pytest.mark.parametrize("size", [32, 64])
 @torch.no_grad()
-def test_outside_the_mask_the_source_is_kept(tiny, size):
-    net = tiny if size == tiny.cfg.size else nn_model.DiT(nn_model.Config(size=size, patch=8, width=32, depth=1, heads=1))
-    video = torch.rand(1, 12, size, size, 3) * 2 - 1
-    patches = data.patchify(video, 8)
-    cond = net.embed_cond(patches, patches)
-    audio = net.embed_audio(data.hearing(torch.randn(1, 48, data.MELS), net.cfg))
-    out = data.picture(net(torch.randn_like(cond.known), .9, cond, audio), patches, 8)
-    outside = (data.mouth_mask(size) == 0)[None, None, :, :, None].expand_as(video)
-    assert torch.equal(out[outside], video[outside]) and not torch.allclose(out, video, atol=.05)
+def test_outside_the_mask_the_source_is_kept_and_inside_it_is_not_read(tiny, size):
+    net = tiny if size == 32 else model.DiT(model.Config(size, 8, 32, depth=1, heads=1))
+    video, mask = torch.rand(1, 12, size, size, 3) * 2 - 1, mouth_mask(size)[:, :, None]
+    heard = data.hearing(torch.randn(1, 48, data.MELS))
+    reference = torch.rand(1, 12, size, size * 3 // 4, 3)
+    cond = net.embed(data.middle(video), reference, heard)
+    x0 = net(torch.randn_like(cond.known), 0.9, cond)
+    out = data.paste(data.to_pixels(x0, 8), video)
+    assert ((out == video) | (mask > 0)).all() and not torch.allclose(out, video, atol=0.05)
+    hidden = torch.where(mask == 1, torch.rand_like(video), video)
+    again = net.embed(data.middle(hidden), reference, heard)
+    assert torch.equal(again.tokens, cond.tokens) and torch.equal(again.known, cond.known)
 
 
 @torch.no_grad()
-def test_what_the_source_says_under_the_mask_is_not_read(tiny, parts):
-    video = torch.rand(1, 12, 32, 32, 3) * 2 - 1
-    hidden = torch.where((data.mouth_mask(32) == 1)[:, :, None], torch.rand_like(video), video)
-    reference = data.patchify(video, 8)
-    a, b = (tiny.embed_cond(data.patchify(v, 8), reference) for v in (video, hidden))
-    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.known, b.known)
+def test_squares_are_added_where_they_overlap(tiny):
+    """By hand: each token writes 12 x 12 pixels, and its neighbour starts 8 further."""
+    x, known = torch.randn(1, 2, 6, 96), torch.randn(1, 2, 6, 768)
+    shift, scale = torch.randn(1, 1, 2, 96).unbind(2)
+    squares = tiny.head(F.layer_norm(x, (96,)) * scale + shift).view(2, 2, 3, 4, 3, 12, 12)
+    canvas = torch.zeros(2, 4, 3, 2 * 8 + 4, 3 * 8 + 4)
+    for r, c in itertools.product(range(2), range(3)):
+        canvas[..., 8 * r : 8 * r + 12, 8 * c : 8 * c + 12] += squares[:, r, c]
+    inner = canvas[..., 2:-2, 2:-2].permute(0, 1, 3, 4, 2).reshape(1, 8, 16, 24, 3)
+    mask = data.mouth(mouth_mask(32)[:, :, None])
+    out = tiny.to_x0(x, torch.stack([shift, scale], 2), known)
+    torch.testing.assert_close(data.to_pixels(out - known, 8), mask * inner, atol=1e-5, rtol=0)
 
 
-def test_training_attention_is_the_fused_one():
-    q, k, v = (torch.randn(2, 3, n, 16, requires_grad=True) for n in (24, 56, 56))
-    torch.testing.assert_close(nn_model.dense(q, k, v), F.scaled_dot_product_attention(q, k, v))
-
-
-def test_checkpoints(tmp_path, tiny, cfg, student_file):
-    again = nn_model.load_dit(student_file)
-    assert all(torch.equal(a.bfloat16().float(), b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values()))
-    assert again.cfg == tiny.cfg
+def test_the_loss_by_hand(tiny):
+    x, weight, total = torch.randn(2, 1, 6, 768), torch.tensor([[0.5], [3.0]]), 0
+    y = x + tiny.mask * torch.randn(x.shape)
+    mask = data.to_pixels(tiny.mask[None, None], 8)[0].numpy()
+    error = (weight[..., None, None, None] ** 0.5 * data.to_pixels(x - y, 8)).numpy()
+    for b, *at in itertools.product(*map(range, error.shape)):  # B, frame, row, column, colour
+        here = error[b][tuple(at)]
+        total += mask[tuple(at)] * here**2 / error.size
+        for axis, n in enumerate(mask.shape[:3]):
+            before = [i - (a == axis) for a, i in enumerate(at)]
+            if at[axis]:
+                total += 0.7 * (here - error[b][tuple(before)]) ** 2 / (error.size * (n - 1) / n)
+    loss = model.denoising_loss(tiny, x, y, weight, 0.7).item()
+    assert loss == pytest.approx(total / mask.mean(), rel=1e-5)

@@ -1,83 +1,97 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 
 import data
+import faces
 import runtime
 import syncnet
+from data import log_mel, mouth, to_float
+
+SEED = faces.SPLITS["held-out"] + 500  # people whom the expert has never seen
 
 
 @pytest.mark.parametrize("shift", [-5, 0, 3])
-def test_a_known_shift_is_found(expert, shift):
-    """Sound late by `shift` frames, on people it never saw: the offset to the frame."""
-    clip = data.draw(data.SPLITS["held-out"] + 500, 96, 32)
-    audio = np.roll(clip.audio, shift * 640)
-    c, d, offset = syncnet.score(expert, clip.video[None], data.log_mel(audio)[None])
-    assert offset.item() == shift and c > .1
-
-
-def test_right_audio_beats_wrong(expert):
-    a, b = (data.draw(data.SPLITS["held-out"] + i, 72, 32) for i in (600, 602))
-    right, wrong = (syncnet.score(expert, a.video[None], data.log_mel(s)[None])[0].item() for s in (a.audio, b.audio))
-    assert right > 2 * wrong
+def test_a_known_shift_is_found_to_the_frame_and_right_sound_beats_wrong(expert, shift):
+    clip, other = faces.draw(SEED, 96, 32), faces.draw(SEED + 102, 96, 32)
+    mels = [log_mel(np.roll(sound, shift * 640)) for sound in (clip.audio, other.audio)]
+    both = mouth(clip.video).expand(2, -1, -1, -1, -1)
+    (right, wrong), _, offset = syncnet.score(expert, both, torch.stack(mels))
+    assert offset[0].item() == shift and right > 0.1 and right > 2 * wrong
 
 
 def test_the_view_of_a_late_mouth_is_another(expert):
-    """Nothing for the same video, less for one that is half corrected, and a gradient where the mouth is, for the guess alone."""
-    video = data.to_float(data.draw(data.SPLITS["held-out"] + 700, 48, 32).video[None])
+    """Nothing for the same video, less if half corrected, and a gradient for the guess alone."""
+    video = to_float(mouth(faces.draw(SEED + 200, 48, 32).video))[None]
     early, late = video[:, :24], video[:, 3:27]
-    same, half, other = (syncnet.view_loss(expert, guess, early) for guess in (early, (early + late) / 2, late))
-    assert same == 0 < half < .7 * other
+    views = [syncnet.view_loss(expert, x, early) for x in (early, (early + late) / 2, late)]
+    assert views[0] == 0 < views[1] < 0.7 * views[2]
     guess, truth = late.clone().requires_grad_(), early.clone().requires_grad_()
     syncnet.view_loss(expert, guess, truth).backward()
-    pull = guess.grad.abs().mean((0, 1, 4))
-    assert truth.grad is None and pull[:16].max() == 0 < pull[16:, 8:24].mean()
+    assert truth.grad is None and guess.grad[:, :, :, 4:20].abs().mean() > 0
 
 
-def test_measures_by_hand():
+def test_sync_and_nce_by_hand():
     """Embeddings that agree at offset 2 only: distance 0 there, sqrt 2 elsewhere."""
     v = torch.eye(40)[None]
     c, d, offset = syncnet.sync(v, v.roll(2, 1))
-    assert offset.item() == 2 and d.item() == pytest.approx(0, abs=1e-6) and c.item() == pytest.approx(2 ** .5)
-
-
-def test_nce_by_hand():
-    v = torch.eye(4)[None]
-    loss, accuracy = syncnet.nce(v, v, torch.tensor(2.))
+    assert offset.item() == 2 and d.item() == pytest.approx(0, abs=1e-6)
+    assert c.item() == pytest.approx(2**0.5)
+    loss, accuracy = syncnet.nce(v[:, :4, :4], v[:, :4, :4], torch.tensor(2.0))
     assert loss.item() == pytest.approx(np.log(np.exp(2) + 3) - 2, abs=1e-5) and accuracy == 1
-
-
-def test_a_judge_from_the_command_line(tmp_path, expert, capsys):
-    weights = str(tmp_path / "judge.pt")
-    runtime.save(weights, kind="syncnet", config=dataclasses.asdict(expert.cfg), model=expert.state_dict())
-    clip = data.draw(data.SPLITS["held-out"] + 700, 72, 64)
-    with data.write_video(tmp_path / "a.mp4", (64, 64), clip.audio) as put:
-        for frame in clip.video:
-            put(frame.numpy())
-    soundfile.write(tmp_path / "late.wav", np.roll(clip.audio, 4 * 640), data.RATE)
-    syncnet.main(["--video", str(tmp_path / "a.mp4"), "--weights", weights])
-    syncnet.main(["--video", str(tmp_path / "a.mp4"), "--audio", str(tmp_path / "late.wav"), "--weights", weights])
-    own, late = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert "offset +0 frames" in own and "offset +4 frames (+160 ms)" in late
 
 
 @torch.no_grad()
 def test_a_long_clip_is_scored_in_parts(expert):
     """As if it were in one: 41 s, more than a part holds."""
-    clip = data.draw(data.SPLITS["held-out"] + 702, 32, 32)
-    video, mel = clip.video.repeat(32, 1, 1, 1)[None], data.log_mel(np.tile(clip.audio, 32))[None]
-    whole = syncnet.sync(*expert(data.to_float(video), mel)[:2])
-    for a, b in zip(syncnet.score(expert, video, mel), whole):
-        assert a.item() == pytest.approx(b.item(), abs=.01)
+    clip = faces.draw(SEED, 32, 32)
+    rectangle = mouth(clip.video).repeat(32, 1, 1, 1)[None]
+    mel = log_mel(np.tile(clip.audio, 32))[None]
+    whole = syncnet.sync(*expert(to_float(rectangle), mel)[:2])
+    for a, b in zip(syncnet.score(expert, rectangle, mel), whole):
+        assert a.item() == pytest.approx(b.item(), abs=0.01)
 
 
-def test_nobody_measured_recorded_mouths(tmp_path):
-    """An expert that has seen none reads none, so that a teacher is not shown what it makes up."""
-    bank = data.Bank(32, 24, 2, "train")
-    bank.mouth[:] = torch.nan
-    syncnet.train(str(tmp_path / "a.pt"), syncnet.Config(size=32), bank, 2, 2, 0, torch.device("cpu"), bank)
-    net = syncnet.load_syncnet(str(tmp_path / "a.pt"))
-    assert torch.equal(*net.watch(torch.randn(2, 12, 32, 32, 3))[2])
+def test_nobody_measured_recorded_mouths(cfg, watch, tmp_path):
+    """An expert that has seen none reads none: a teacher is not shown what it makes up."""
+    few = data.Clips(cfg.size, 2, torch.device("cpu"), latents=6)
+    few.shape[:] = torch.nan
+    syncnet.train(tmp_path / "a.pt", syncnet.Config(size=32), few, 2, 0, watch)
+    net = syncnet.load_syncnet(tmp_path / "a.pt")
+    assert torch.equal(*net.watch(torch.randn(2, 12, 16, 24, 3))[2])
+
+
+def test_a_judge_from_the_command_line(tmp_path, expert_file, capsys):
+    clip = faces.draw(SEED + 200, 72, 64)
+    with data.write_video(tmp_path / "a.mp4", (64, 64), clip.audio) as put:
+        for frame in clip.video:
+            put(frame.numpy())
+    soundfile.write(tmp_path / "late.wav", np.roll(clip.audio, 4 * 640), faces.RATE)
+    for more in ([], [f"--audio={tmp_path}/late.wav"]):
+        syncnet.main([f"--video={tmp_path}/a.mp4", f"--weights={expert_file}", *more])
+    own, late = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert "offset +0 frames" in own and "offset +4 frames (+160 ms)" in late
+
+
+@torch.no_grad()
+def test_measures_of_the_truth_of_a_mumbler_and_of_a_blur(expert, watch):
+    """A mumbler, in step with the truth, opens half as far: gain 1/2."""
+    with runtime.mixed(torch.device("cpu")):
+        read = torch.cat([expert.watch(to_float(mouth(x[None])))[2] for x in watch.truth])
+    found = syncnet.measures(watch.truth, watch._replace(mouth=2 * read), expert)
+    torch.testing.assert_close(found["gain"], torch.full((2,), 0.5))
+    torch.testing.assert_close(found["landmark"], 100 * read.abs().mean((1, 2)))
+    assert (found["sharp"] == 1).all() and (found["psnr"] > 70).all()
+    pixels = watch.truth.flatten(0, 1).permute(0, 3, 1, 2).float()
+    blurred = F.avg_pool2d(pixels, 3, 1, 1).permute(0, 2, 3, 1).view(watch.truth.shape)
+    found = syncnet.measures(blurred.to(torch.uint8), watch, expert)
+    assert (found["sharp"] < 0.7).all() and (found["psnr"] < 40).all()
+
+
+def test_frechet_of_two_known_gaussians():
+    """|m - m'|^2 + sum (s - s')^2 where both are spread along the axes."""
+    a, b = torch.randn(2, 100_000, 3) * torch.tensor([[[1.0, 2.0, 3.0]], [[2.0, 2.0, 1.0]]])
+    assert syncnet.frechet(a, b + torch.tensor([1.0, 0.0, 2.0])) == pytest.approx(10, rel=0.02)
+    assert syncnet.frechet(a, a) == pytest.approx(0, abs=1e-6)
