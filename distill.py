@@ -26,20 +26,7 @@ import sample
 import syncnet
 from data import same_world, to_pixels, to_tokens
 from model import DiT, denoising_loss, load_dit, network_of, save_dit
-from runtime import (
-    Fail,
-    Muon,
-    Progress,
-    adam_w,
-    compiled,
-    ema,
-    mixed,
-    opt,
-    ranks,
-    rate,
-    result,
-    update,
-)
+from runtime import Fail, Progress, adam_w, compiled, ema, mixed, opt, ranks, rate, update
 from sample import add_noise, dub_student, guided, noise_like, rollout, shift, student_times, tau
 from syncnet import means
 
@@ -101,7 +88,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------- what stages share
 def generator(seed, device):
     """All random numbers of a stage, on this device; others for each process."""
     torch.manual_seed(seed)
@@ -135,7 +121,6 @@ def seen_differently(reward, x0, batch, cfg):
     return syncnet.view_loss(reward, guess, batch.source[half].chunk(2, 2)[1])
 
 
-# ---------------------------------------------------------------------------------------- teacher
 def flow_loss(net, x0, noise, t, cond, cfg, edges=0.0):
     """Flow matching by a network that predicts x0, loss in velocity space: |v' - v|^2 =
     |x0' - x0|^2 / t^2, clipped. t (B, 1) -> the loss, and x0'."""
@@ -164,7 +149,7 @@ def train_teacher(cfg, clips, reward, judge, watch):
     # Muon for the matrices of the blocks, where it learns in little over half the time.
     matrices = [p for n, p in net.blocks.named_parameters() if p.ndim == 2 and "mod" not in n]
     others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
-    muon, adam = Muon(matrices, cfg.muon_lr), adam_w(others, cfg.teacher_lr, (0.9, 0.98))
+    muon, adam = runtime.Muon(matrices, cfg.muon_lr), adam_w(others, cfg.teacher_lr, (0.9, 0.98))
     parts = dict(net=net, average=average, muon=muon, adam=adam)
     progress = Progress(cfg.out, "teacher", steps, rng, **parts)
     loss_of = compiled(teacher_loss, cfg.compile, device)
@@ -194,7 +179,6 @@ def train_teacher(cfg, clips, reward, judge, watch):
     return average
 
 
-# ------------------------------------------------------------------------ init: diffusion forcing
 def student_of(net, cfg):
     """A network of the same weights, with this config's chunk, window and times."""
     student = DiT(network_of(cfg)).to(net.head.weight.device)
@@ -242,7 +226,6 @@ def train_init(cfg, teacher, clips, reward, judge, watch):
     return average
 
 
-# ---------------------------------------------------------------------------------------------- dmd
 def teacher_guidance(t, cfg):
     """(B, 1) times -> (B,): how far the teacher is guided there. The window (paper Eq. 6): j in
     [20, 40] of the grid, t in [.556, .882]. Nearer to noise there is no mouth yet to be moved,
@@ -338,7 +321,6 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
     return average
 
 
-# ---------------------------------------------------------------------------------------- the job
 def set_up(cfg):
     """Check what argparse cannot, and meet the other processes -> device."""
     most = data.CLIP_LATENTS - 2 * cfg.chunk  # which leaves room for a reference
@@ -410,14 +392,14 @@ def main(argv):
                 expert_cfg = syncnet.Config(size=cfg.size)
                 syncnet.train(path, expert_cfg, clips(split), cfg.sync_steps, seed, watch, **keep)
 
-        return syncnet.load_syncnet(result(name, cfg, same_world, train), device)
+        return syncnet.load_syncnet(runtime.result(name, cfg, same_world, train), device)
 
     def network(name, train, *nets):
         def make(path):
             net = train(cfg, *nets, clips("train"), reward, judge, watch)
             save_dit(path, net, name, **keep)
 
-        return load_dit(result(name, cfg, same_world, make), device, like=cfg)
+        return load_dit(runtime.result(name, cfg, same_world, make), device, like=cfg)
 
     judge = expert("judge", "judge", cfg.seed + 20)
     clips.cache_clear()  # nothing else may see the judge's people
