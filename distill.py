@@ -3,7 +3,6 @@
     python distill.py --config tiny         # from nothing to out/tiny/sample.mp4, minutes
     python distill.py --config small        # a student of the teacher in weights/small
     python distill.py --config small --fresh --stage teacher    # a teacher of your own
-    python distill.py --config tiny --out out/plain --beta 0 --sync_window off
 
 Stages: judge and syncnet (the lip-sync experts), teacher (flow matching), init (diffusion forcing),
 dmd (distribution matching distillation with the sync window and the reward -> student.pt). Each
@@ -32,8 +31,7 @@ from syncnet import means
 
 AUDIO_DROP = 0.12  # of the teacher's clips are told nothing, for guidance
 INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
-JUDGE_CLIPS = 2000  # people at most that only the judge learns from
-TABLE_CLIPS = 16  # held-out people in the closing table
+JUDGE_CLIPS, TABLE_CLIPS = 2000, 16  # people at most that the judge learns from; in the last table
 
 
 @dataclasses.dataclass
