@@ -246,7 +246,7 @@ def recorded(folder, size, frames):
 @functools.cache
 def world():
     """What people look and sound like, in small: (1856,) float. A checkpoint remembers the world
-    that it was trained on, so that a change to faces.py or to log_mel is noticed."""
+    that it was trained on, so that most changes to faces.py or to log_mel are noticed."""
     clips = [draw(2 * i, 4, 32) for i in range(8)]
     looks = torch.stack([clip.video[0] for clip in clips]).float().permute(0, 3, 1, 2) / 255
     sounds = torch.stack([log_mel(clip.audio).mean(0) for clip in clips])
@@ -254,11 +254,10 @@ def world():
 
 
 def same_world(other):
-    return (
-        other is not None
-        and other.shape == world().shape
-        and bool((other - world()).abs().max() < 0.02)
-    )
+    """Is this a checkpoint's `world` of today? None: one that does not say."""
+    if other is None or other.shape != world().shape:
+        return False
+    return (other - world()).abs().max().item() < 0.02
 
 
 # ------------------------------------------------------------------------------------- real files
@@ -392,14 +391,14 @@ class Options:
 def main(argv):
     cfg = options(Options, argv, __doc__)
     free_space(cfg.out)
-    clips = [draw(SPLITS["held-out"] + 2 * i, 96, cfg.size) for i in range(4)]
+    clips = [draw(SPLITS["held-out"] + 2 * i, 96, cfg.size) for i in range(8)]
     rows = [torch.cat(list(clip.video[::12]), 1) for clip in clips]
     matplotlib.image.imsave(f"{cfg.out}/sheet.png", torch.cat(rows).numpy())
     sound = np.concatenate([clip.audio for clip in clips])
     with write_video(f"{cfg.out}/clips.mp4", (cfg.size, cfg.size), sound) as put:
         for frame in torch.cat([clip.video for clip in clips]):
             put(frame.numpy())
-    print(f"{cfg.out}/sheet.png: 8 moments of four people; {cfg.out}/clips.mp4: with sound")
+    print(f"{cfg.out}/sheet.png: 8 moments of 8 people; {cfg.out}/clips.mp4: with sound")
 
 
 if __name__ == "__main__":

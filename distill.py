@@ -234,8 +234,8 @@ def teacher_guidance(t, cfg):
 
 
 def dmd_gradient(fake, real, X):
-    """g = (f - r) / mean |X - r|, the mean per sample. All (B, L, N, P). Pixels outside the mask
-    are equal in all three: they shrink this mean and the loss's by one factor, which cancels."""
+    """g = (f - r) / mean |X - r|, the mean per sample. All (B, L, N, P). The mean here and the
+    one in the loss both run over the known pixels, too: their ratio is that of the masked ones."""
     size = (X - real).abs().flatten(1).mean(1).clamp(min=1e-6)
     return (fake - real) / size.view(-1, 1, 1, 1)
 
@@ -299,7 +299,7 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
             with torch.set_grad_enabled(students_turn), mixed(device):
                 X = rollout(student, embed(student, batch), call, rng)
 
-            # Every fifth time, train the student ...
+            # The last of these turns trains the student ...
             if students_turn:
                 with mixed(device):
                     loss, c = student_loss(cfg, X, batch, teacher, critic, reward, rng)
@@ -307,7 +307,7 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
                 norm = update(student, {adam: cfg.student_lr})
                 ema(average, student, step, steps / 4)
 
-            # ... and always the critic.
+            # ... and every turn the critic.
             X = X.detach()
             t = times_like(batch, cfg.dmd_shift, rng, lowest=0.001)
             with mixed(device):
@@ -343,7 +343,7 @@ def set_up(cfg):
 
 def closing_table(cfg, teacher, student, judge, device):
     """Held-out people dubbed to other words, by the teacher and by the student."""
-    pairs = data.held_out(TABLE_CLIPS, cfg.size, "held-out", device, 8 * cfg.chunk)
+    pairs = data.held_out(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
     dubs = {"truth": pairs.truth}
     for scale in (1.0, cfg.guidance):
         how = dict(guidance=scale, latents=cfg.latents)
@@ -374,7 +374,7 @@ def main(argv):
     where = f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
     print(f"{where}; results in {cfg.out}/", flush=True)
     keep = dict(world=data.world(), options=dataclasses.asdict(cfg))
-    watch = data.held_out(8, cfg.size, "watch", device, 8 * cfg.chunk)
+    watch = data.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
 
     @functools.cache
     def clips(split):

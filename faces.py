@@ -144,7 +144,8 @@ class Clip(NamedTuple):
 def person(seed):
     """A seeded identity: a dict of colours (RGB in 0..1), shapes and a way of speaking.
 
-    Shapes are in units of half the picture before ZOOM; x goes right and y down from the centre."""
+    Shapes are in units of half the picture before ZOOM; x goes right and y down from the centre.
+    New draws belong at the end: then everybody stays who he was."""
     rng = np.random.default_rng([seed, 3])
     u = rng.uniform
     tone = u()

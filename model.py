@@ -155,8 +155,8 @@ class Cache:
 
     @property
     def full(self):
-        """From now on every chunk is like the last one."""
-        return self.chunks * self.cfg.chunk >= self.cfg.sink + self.cfg.window
+        """The chunk being made sees a whole window: from now on shapes stay the same."""
+        return (self.chunks + 1) * self.cfg.chunk >= self.cfg.sink + self.cfg.window
 
 
 def attention(q, k, v, rope, cfg, causal, cache, layer, store):

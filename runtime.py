@@ -310,9 +310,9 @@ def result(name, cfg, same_world, train):
         state = load(path, "syncnet" if name in ("judge", "syncnet") else "dit")
         before = path.with_name({"init": "teacher.pt", "student": "init.pt"}.get(name, "-"))
         if before.is_file() and before.stat().st_mtime > path.stat().st_mtime:
-            print(f"{name}: {path} is older than {before}, and not used")
+            print(f"{name}: {path} is older than {before}: made anew")
         elif path != given and not same_world(state.get("world")):
-            print(f"{name}: {path} is of other drawn people or another log_mel, and not used")
+            print(f"{name}: {path} is of other drawn people or another log_mel: made anew")
         else:
             now, was = dataclasses.asdict(cfg), state.get("options", {}) if path == here else {}
             changed = [key for key in was.keys() - WHERE if was[key] != now.get(key, was[key])]

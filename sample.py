@@ -54,9 +54,9 @@ def tau(j, steps=STEPS):
 
 
 def student_times(cfg):
-    """The times of the student's calls: noise (.999: at 1 the input says nothing), then on to the
-    landing. At j = 30 half as much of the first guess is left in x_t as at 40 (.23, .44): more is
-    invented anew, and with a small network that is softer."""
+    """The times of the student's calls: noise (told as .999, the last time that training knows),
+    then on to the landing. At j = 30 half as much of the first guess is left in x_t as at 40
+    (.23, .44): more is invented anew, and with a small network that is softer."""
     last = cfg.student_steps - 1
     return [0.999] + [tau(cfg.landing * i / last) for i in range(1, last + 1)]
 
@@ -170,8 +170,8 @@ def generate(net, conds, noise=torch.randn_like):
     """The student's loop. conds: an iterable of Cond, one chunk each -> yields x0 (B, chunk, N, P),
     one chunk each. noise(x): Gaussian noise of the shape of x.
 
-    A compiled net (CUDA graphs) is run uncompiled until the window is full: till then every chunk
-    has another shape."""
+    A compiled net (CUDA graphs) is run uncompiled until the window is full: till then the shapes
+    of the cache change."""
     cache = None
     for cond in conds:
         empty = cond.known.float()
@@ -180,17 +180,17 @@ def generate(net, conds, noise=torch.randn_like):
                 cache = Cache(net, len(empty))
                 first, *later = student_times(net.cfg)
                 mods = {t: net.modulation(t) for t in (first, *later, 0.0)}
-            call = net if cache.full else net.forward  # the second is never compiled
+            run = net if cache.full else net.forward  # the second is never compiled
             # Copies, since a CUDA graph's next run overwrites its output.
-            x0 = call(noise(empty), mods[first], cond, cache=cache).to(torch.float32, copy=True)
+            x0 = run(noise(empty), mods[first], cond, cache=cache).to(torch.float32, copy=True)
             for t in later:
                 # Fresh noise, not the first: with that, x_t would lie on a straight line from noise
                 # to x0, and the net be asked about its own mistakes as if they were noise.
                 x_t = add_noise(x0, noise(empty), t)
-                x0 = call(x_t, mods[t], cond, cache=cache).to(torch.float32, copy=True)
+                x0 = run(x_t, mods[t], cond, cache=cache).to(torch.float32, copy=True)
         yield x0  # before the cache is written: the next chunk needs that, a viewer does not
         with mixed(empty.device):
-            call(x0, mods[0.0], cond, cache=cache, store=True)
+            run(x0, mods[0.0], cond, cache=cache, store=True)
         cache.advance()
 
 
@@ -244,8 +244,8 @@ def chunk_mel(audio, c, cfg):
 
 def stream(net, source, audio, seed=0):
     """Dub a stream. source: an iterable of (S, S, 3) uint8 frames at 25 fps; audio: (n,) float32 at
-    16 kHz, anything that slices and has a length. Yields (m, S, S, 3) uint8, m = 12 frames (less at
-    the end). Holds one chunk, the one before, and the cache."""
+    16 kHz, anything that slices and has a length. Yields (4 chunk = 12, S, S, 3) uint8, less at
+    the end. Holds one chunk, the one before, and the cache."""
     cfg, device, n = net.cfg, net.head.weight.device, 4 * net.cfg.chunk
     under_way = []  # frames of the chunk being made, and how many of them are asked for
 
