@@ -199,7 +199,7 @@ def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
     os.utime(tmp_path / "teacher.pt")  # now, as if made anew
     said, trained = job("--stage", "init")
     assert trained == {"init"} and "made with" not in said
-    assert said.count(f"is older than {tmp_path}/teacher.pt, and not used") == 1
+    assert said.count(f"is older than {tmp_path}/teacher.pt: made anew") == 1
     state = torch.load(tmp_path / "init.pt", weights_only=True)
     torch.save(state | dict(world=state["world"] + 0.1), tmp_path / "init.pt")
     said, trained = job("--stage", "init")
