@@ -59,7 +59,10 @@ def log_mel(audio):
     window = torch.hann_window(400)
     spectrum = torch.stft(audio, 400, HOP, window=window, center=False, return_complex=True)
     power = torch.view_as_real(spectrum).square().sum(-1)
-    return ((power.T @ mel_filters()).clamp(min=1e-5).log10() + 1.5) / 3
+    # Not a matrix product: how that rounds depends on the number of frames on some CPUs, and a
+    # streamed chunk must hear the same, bit for bit, as in the whole file.
+    mel = (power.T[:, :, None] * mel_filters()).sum(1)
+    return (mel.clamp(min=1e-5).log10() + 1.5) / 3
 
 
 def hearing(mel, start=0, end=None):

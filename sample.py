@@ -226,7 +226,7 @@ def dub_student(net, source, mel, seed=0):
 
 
 def chunk_mel(audio, c, cfg):
-    """What chunk c hears: (1, back + 16 chunk + ahead, MELS), that of the whole file.
+    """What chunk c hears: (1, back + 16 chunk + ahead, MELS), bit for bit that of the whole file.
     Reads no sample beyond the look-ahead and the 7.5 ms that its last mel frame reaches further."""
     per, chunk = RATE // FPS, 4 * cfg.chunk
     margin = -(-max(AUDIO_BACK, AUDIO_AHEAD) // 4) + 1  # video frames; one for the mel's window
