@@ -10,6 +10,7 @@ moment, in both places. Outside the mask the output is the source, where the ans
 
 import dataclasses
 import functools
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -113,10 +114,10 @@ def attend_chunks(q, k, v, rope, cfg):
 
 
 class Cache:
-    """Keys, before RoPE, and values of the latent frames that the chunk being made may look back
-    at, per block. A pass over the finished chunk (t = 0, `store`) adds that chunk's own behind
-    them; then `advance` drops what the next chunk does not see. Fixed memory, at a fixed address:
-    what a CUDA graph needs.
+    """Keys (normed, before RoPE) and values of the latent frames that the chunk being made may look
+    back at, per block. A pass over the finished chunk (t = 0) stores that chunk's own behind them;
+    then `advance` drops what the next chunk does not see. Fixed memory, at a fixed address: what a
+    CUDA graph needs.
 
     With a sink of 1 and a window of 6, chunk 2 (latent frames 6-8) finds [0, 3, 4, 5] here; once it
     is stored, chunk 3 finds [0, 6, 7, 8]."""
@@ -127,19 +128,17 @@ class Cache:
         shape = cfg.depth, 2, batch, cfg.heads, cfg.sink + cfg.window, n_tokens(cfg)
         dtype = runtime.fast_dtype(weight.device)
         self.kv = weight.new_zeros(*shape, cfg.width // cfg.heads, dtype=dtype)
-        if weight.is_cuda:
-            torch._dynamo.mark_static_address(self.kv)
 
-    def attend(self, q, k, v, rope, layer, store):
+    def store(self, k, v, layer):
+        """Keep the finished chunk's keys and values (B, h, chunk N, d)."""
+        kv, held = self.kv[layer].flatten(3, 4), len(self.frames) * self.kv.shape[5]
+        kv[0, :, :, held : held + k.shape[2]] = k  # kv: 2 B h places d
+        kv[1, :, :, held : held + k.shape[2]] = v
+
+    def attend(self, q, k, v, rope, layer):
         """Attention of the chunk's q over what is held and its own k, v (B, h, chunk N, d)."""
-        kv = self.kv[layer]  # 2 B h frames N d
         held, new = len(self.frames), k.shape[2] // rope.shape[1]
-        if store:
-            kv[0, :, :, held : held + new] = k.unflatten(2, (new, -1))
-            kv[1, :, :, held : held + new] = v.unflatten(2, (new, -1))
-            if layer == self.cfg.depth - 1:
-                return None  # all keys are stored; nobody reads what the last block makes of them
-        past = kv[:, :, :, :held].flatten(3, 4).to(k.dtype)
+        past = self.kv[layer, :, :, :, :held].flatten(3, 4).to(k.dtype)
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         table = rope[: held + new]
         return dense(rotate(q, table[-new:]), rotate(k, table), v)
@@ -150,19 +149,40 @@ class Cache:
         held = self.frames + list(range(now, now + chunk))
         self.chunks += 1
         self.frames = [f for f in visible(self.chunks, self.cfg) if f in held]
-        places = [held.index(f) for f in self.frames]
-        self.kv[:, :, :, :, : len(places)] = self.kv[:, :, :, :, places]
-
-    @property
-    def full(self):
-        """The chunk being made sees a whole window: from now on shapes stay the same."""
-        return (self.chunks + 1) * self.cfg.chunk >= self.cfg.sink + self.cfg.window
+        for place, f in enumerate(self.frames):
+            if held[place] != f:
+                self.kv[:, :, :, :, place] = self.kv[:, :, :, :, held.index(f)]
 
 
-def attention(q, k, v, rope, cfg, causal, cache, layer, store):
-    """Which path runs when: with a cache the stream's, else over a whole clip, causal or not."""
+def has_kernel(device):
+    """Can kernels.py run? It is for NVIDIA's GPUs; Triton comes with torch there."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def qk_norm(x, scale):
+    """ViT-22B's (arXiv 2302.05442), of queries and keys."""
+    y = F.layer_norm(x, x.shape[-1:], scale.to(x.dtype))
+    return y.to(x.dtype)  # autocast on a GPU would leave it in float32
+
+
+def attention(q, k, v, q_scale, k_scale, rope, cfg, causal, cache, fused, layer, store):
+    """QK-norm, RoPE and attention, q, k, v and what comes out (B, h, L N, d). Which path runs when:
+    with a cache the stream's, dense or (fused) by kernels.py; else a whole clip's, causal or not.
+    """
+    if store:
+        cache.store(qk_norm(k, k_scale), v, layer)
+        if layer == cfg.depth - 1:
+            return None  # all keys are stored; nobody reads what the last block makes of them
+    if cache is not None and fused:
+        from kernels import stream_attention  # needs Triton
+
+        held = len(cache.frames) * rope.shape[1]
+        return stream_attention(
+            q, k, v, cache.kv[layer].flatten(3, 4), held, q_scale, k_scale, rope
+        )
+    q, k = qk_norm(q, q_scale), qk_norm(k, k_scale)
     if cache is not None:
-        return cache.attend(q, k, v, rope, layer, store)
+        return cache.attend(q, k, v, rope, layer)
     return attend_chunks(q, k, v, rope, cfg) if causal else attend_all(q, k, v, rope)
 
 
@@ -189,8 +209,8 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(start[:, None].repeat(1, D))
 
     def forward(self, x, mod, audio, attend):
-        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v), each
-        (B, h, L N, d) -> the same -> x. None where attend is."""
+        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v, q_scale,
+        k_scale) -> (B, h, L N, d), as q, k and v -> x. None where attend is."""
         B, L, N, D = x.shape
         mod = (mod + self.modulation)[:, :, None]
         shift, scale, gate, shift2, scale2, gate2 = mod.unbind(3)  # each B L 1 D
@@ -198,10 +218,7 @@ class Block(nn.Module):
         y = torch.addcmul(shift, F.layer_norm(x, (D,)), scale)
         qkv = self.qkv(y).view(B, L * N, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each B h LN d
-        # QK-norm (ViT-22B, arXiv 2302.05442); autocast on a GPU would leave it in float32
-        q = F.layer_norm(q, q.shape[-1:], self.q_scale.to(q.dtype)).to(v.dtype)
-        k = F.layer_norm(k, k.shape[-1:], self.k_scale.to(k.dtype)).to(v.dtype)
-        y = attend(q, k, v)
+        y = attend(q, k, v, self.q_scale, self.k_scale)
         if y is None:
             return None
         x = torch.addcmul(x, gate, self.out(y.transpose(1, 2).reshape(B, L, N, D)))
@@ -229,6 +246,7 @@ class DiT(nn.Module):
             what = f"size {cfg.size} must be a multiple of 4 x patch {p}, patch of 4, width {D} of"
             raise Fail(f"{what} 8 x heads {cfg.heads}, and window at least chunk")
         self.cfg, self.stage = cfg, ""  # stage: what made the weights
+        self.fused = False  # stream by kernels.py: needs a GPU, has no gradient
         self.from_noisy = nn.Linear(P, D)
         # Conditions pass a bottleneck that all four kinds of patches share: two thirds of the
         # input layers' parameters saved.
@@ -301,10 +319,10 @@ class DiT(nn.Module):
         whole clip; with a `cache`, x_t is the stream's next chunk. With `store` that chunk is
         finished (t = 0): its keys are kept, nothing is returned."""
         mod = t if torch.is_tensor(t) and t.ndim == 4 else self.modulation(t)
-        how = dict(rope=self.rope, cfg=self.cfg, causal=causal, cache=cache, store=store)
+        how = dict(rope=self.rope, cfg=self.cfg, causal=causal, cache=cache, fused=self.fused)
         x = self.from_noisy(self.cast(x_t)) + cond.tokens
         for layer, block in enumerate(self.blocks):
-            attend = functools.partial(attention, layer=layer, **how)
+            attend = functools.partial(attention, layer=layer, store=store, **how)
             x = block(x, mod[:, :, :6], cond.audio[:, :, layer], attend)
         return None if store else self.to_x0(x, mod[:, :, 6:], cond.known)
 

@@ -32,7 +32,7 @@ import data
 import runtime
 from data import AUDIO_AHEAD, AUDIO_BACK, middle, paste, to_float, to_pixels, to_uint8
 from faces import FPS, RATE, mouth_mask
-from model import Cache, Cond, load_dit
+from model import Cache, Cond, has_kernel, load_dit
 from runtime import Fail, mixed, opt
 from syncnet import find_weights
 
@@ -168,10 +168,7 @@ def seeded(seed):
 @torch.no_grad()
 def generate(net, conds, noise=torch.randn_like):
     """The student's loop. conds: an iterable of Cond, one chunk each -> yields x0 (B, chunk, N, P),
-    one chunk each. noise(x): Gaussian noise of the shape of x.
-
-    A compiled net (CUDA graphs) is run uncompiled until the window is full: till then the shapes
-    of the cache change."""
+    one chunk each. noise(x): Gaussian noise of the shape of x."""
     cache = None
     for cond in conds:
         empty = cond.known.float()
@@ -180,17 +177,15 @@ def generate(net, conds, noise=torch.randn_like):
                 cache = Cache(net, len(empty))
                 first, *later = student_times(net.cfg)
                 mods = {t: net.modulation(t) for t in (first, *later, 0.0)}
-            run = net if cache.full else net.forward  # the second is never compiled
-            # Copies, since a CUDA graph's next run overwrites its output.
-            x0 = run(noise(empty), mods[first], cond, cache=cache).to(torch.float32, copy=True)
+            x0 = net(noise(empty), mods[first], cond, cache=cache).float()
             for t in later:
                 # Fresh noise, not the first: with that, x_t would lie on a straight line from noise
                 # to x0, and the net be asked about its own mistakes as if they were noise.
                 x_t = add_noise(x0, noise(empty), t)
-                x0 = run(x_t, mods[t], cond, cache=cache).to(torch.float32, copy=True)
+                x0 = net(x_t, mods[t], cond, cache=cache).float()
         yield x0  # before the cache is written: the next chunk needs that, a viewer does not
         with mixed(empty.device):
-            run(x0, mods[0.0], cond, cache=cache, store=True)
+            net(x0, mods[0.0], cond, cache=cache, store=True)
         cache.advance()
 
 
@@ -242,38 +237,73 @@ def chunk_mel(audio, c, cfg):
     return mel
 
 
-def stream(net, source, audio, seed=0):
+def chunks_in(source, audio, cfg):
+    """What comes in of a stream: (video (1, 4 chunk, S, S, 3) uint8, what is heard, and how many
+    frames were there: less than a chunk's at the end, where the last one is held still)."""
+    frames, n, shape = iter(source), 4 * cfg.chunk, (cfg.size, cfg.size, 3)
+    for c in itertools.count():
+        taken = [torch.as_tensor(frame) for frame in itertools.islice(frames, n)]
+        if not taken:
+            return
+        for frame in taken:
+            if frame.shape != shape or frame.dtype != torch.uint8:
+                what = f"{frame.dtype} frames of {tuple(frame.shape)}"
+                raise Fail(f"{what} where the model needs uint8 {shape}")
+        video = torch.stack(taken + taken[-1:] * (n - len(taken)))[None]
+        yield video, chunk_mel(audio, c, cfg), len(taken)
+
+
+def stream(net, source, audio, seed=0, compile=False):
     """Dub a stream. source: an iterable of (S, S, 3) uint8 frames at 25 fps; audio: (n,) float32 at
     16 kHz, anything that slices and has a length. Yields (4 chunk = 12, S, S, 3) uint8, less at
-    the end. Holds one chunk, the one before, and the cache."""
+    the end. Holds one chunk, the one before, and the cache.
+
+    compile: once the window is full, every chunk is the same work at the same addresses. So it is
+    captured once, as a CUDA graph, and from then on replayed by one call instead of a thousand."""
     cfg, device, n = net.cfg, net.head.weight.device, 4 * net.cfg.chunk
-    under_way = []  # frames of the chunk being made, and how many of them are asked for
+    if compile and device.type != "cuda":
+        raise Fail("--compile on captures CUDA graphs, which needs an NVIDIA GPU")
+    rng, graph, made = torch.Generator().manual_seed(seed), None, None
+    shape = cfg.student_steps, 1, cfg.chunk, *net.mask.shape
+    drawn = torch.empty(shape, pin_memory=device.type == "cuda")  # the same noise on any device
+    eps = drawn.to(device, copy=True)
+    turns, now, last = itertools.cycle(eps), [], []  # Cond of this chunk; x0 and Cond of the last
 
     def conds():
-        frames, reference = iter(source), None
-        for c in itertools.count():
-            taken = [torch.as_tensor(frame) for frame in itertools.islice(frames, n)]
-            if not taken:
-                return
-            for frame in taken:
-                if frame.shape != (cfg.size, cfg.size, 3) or frame.dtype != torch.uint8:
-                    what = f"{frame.dtype} frames of {tuple(frame.shape)}"
-                    raise Fail(f"{what} where the model needs uint8 ({cfg.size}, {cfg.size}, 3)")
-            video = torch.stack(taken + taken[-1:] * (n - len(taken)))[None].to(device)
-            under_way[:] = video, len(taken)
-            video, heard = to_float(middle(video)), chunk_mel(audio, c, cfg).to(device)
-            if reference is None:
-                reference = video[:, :1].repeat_interleave(n, 1)
+        reference = to_float(middle(pixels[:, :1])).repeat_interleave(n, 1)
+        while True:
+            video = to_float(middle(pixels))
             with mixed(device), torch.no_grad():
                 cond = net.embed(video, reference, heard)
-            reference = video
+            reference.copy_(video)
+            now[:] = cond
             yield cond
 
-    before = None
-    for x0 in generate(net, conds(), seeded(seed)):
-        video, length = under_way
-        yield to_frames(net, x0, video, before)[0, :length].cpu()
-        before = x0
+    def chunk():
+        """All that the device does for a chunk, after the cache pass over the one before."""
+        x0 = next(made)
+        frames = to_frames(net, x0, pixels, last[0] if last else None)
+        last[:] = x0, *now
+        return frames
+
+    for c, (video, mel, length) in enumerate(chunks_in(source, audio, cfg)):
+        if made is None:
+            pixels, heard = video.to(device, copy=True), mel.to(device, copy=True)
+            made = generate(net, conds(), lambda x: next(turns))
+        pixels.copy_(video)
+        heard.copy_(mel)
+        eps.copy_(drawn.normal_(generator=rng))
+        if compile and graph is None and c * cfg.chunk >= cfg.sink + cfg.window:
+            graph, read = torch.cuda.CUDAGraph(), list(last)
+            with torch.cuda.graph(graph):
+                frames = chunk()
+                for old, new in zip(read, last):  # the next cache pass reads there
+                    old.copy_(new)
+        if graph is None:
+            frames = chunk()
+        else:
+            graph.replay()
+        yield frames[0, :length].cpu()
 
 
 def clock(frames_of, device):
@@ -345,7 +375,7 @@ def dub_file(net, cfg):
     size, begun, to_pipe = (first.shape[1], first.shape[0]), time.time(), cfg.out == "-"
     pipe = contextlib.nullcontext(sys.stdout.buffer.write)
     with pipe if to_pipe else data.write_video(cfg.out, size, cfg.audio) as put:
-        for frames in stream(net, squares(), audio, cfg.seed):
+        for frames in stream(net, squares(), audio, cfg.seed, cfg.compile == "on"):
             for dub in frames:
                 put(paste_box(waiting.pop(0), dub, box, mask).numpy())
     pace = f"in {time.time() - begun:.1f} s, {total / (time.time() - begun):.0f} frames a second"
@@ -353,12 +383,12 @@ def dub_file(net, cfg):
     print(said, file=sys.stderr if to_pipe else sys.stdout)
 
 
-def side_by_side(path, net, pairs, seed=0):
+def side_by_side(path, net, pairs, seed=0, compile=False):
     """Dub drawn (source, truth) pairs -> an mp4, source | dub | truth one pair after another with
     the dub's sound, and beside it a PNG of eight moments of each: rows of source, dub, truth."""
     frames, sheet, scale = [], [], max(1, 256 // net.cfg.size)
     for source, truth in pairs:
-        dub = torch.cat(list(stream(net, source.video, truth.audio, seed)))
+        dub = torch.cat(list(stream(net, source.video, truth.audio, seed, compile)))
         frames.append(torch.cat([source.video, dub, truth.video], 2))
         sheet += [torch.cat(list(v[6::12][:8]), 1) for v in (source.video, dub, truth.video)]
     sound = np.concatenate([truth.audio for _, truth in pairs])
@@ -381,7 +411,8 @@ class Options:
     device: str = opt("", "cuda, mps or cpu; the best there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
     seed: int = opt(0, least=0)
-    compile: str = opt("off", "torch.compile, CUDA graphs: takes a minute first", ("on", "off"))
+    attention: str = opt("auto", "fused: kernels.py, on a GPU", ("auto", "fused", "dense"))
+    compile: str = opt("off", "a chunk as one CUDA graph, on a GPU", ("on", "off"))
 
 
 def main(argv):
@@ -396,12 +427,14 @@ def main(argv):
     net = load_dit(path, device, runtime.fast_dtype(device))
     if net.stage == "teacher":
         raise Fail(f"{path}: a teacher, which cannot stream; distil a student by distill.py")
-    if cfg.compile == "on":
-        net.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    net.fused = cfg.attention == "fused" or cfg.attention == "auto" and has_kernel(device)
+    if device.type == "cuda":
+        print(f"attention: {'kernels.py' if net.fused else 'dense'}", file=sys.stderr)
     if cfg.video:
         cfg.audio = cfg.audio or cfg.video
         return dub_file(net, cfg)
-    side_by_side(cfg.out, net, [data.dub_pair(1000 + cfg.seed, 96, net.cfg.size)], cfg.seed)
+    pairs = [data.dub_pair(1000 + cfg.seed, 96, net.cfg.size)]
+    side_by_side(cfg.out, net, pairs, cfg.seed, cfg.compile == "on")
     png = Path(cfg.out).with_suffix(".png")
     print(f"{cfg.out}: source | dub | truth, a face and a voice never seen in training; {png}")
 
