@@ -147,7 +147,7 @@ def held_out(n, size, split, device, latents=24):
 
 
 class Batch(NamedTuple):
-    source: torch.Tensor  # (B, T, S, 3S/4, 3) float in [-1, 1], see `middle`
+    source: torch.Tensor  # (B, T, S, 3S/4, 3) uint8, see `middle`
     reference: torch.Tensor  # the same shape: the same people at other moments
     heard: torch.Tensor  # (B, back + 16 L + ahead, MELS), see `hearing`
     mel: torch.Tensor  # (B, 4 T, MELS), the part of it that belongs to the frames
@@ -212,7 +212,7 @@ class Clips:
         heard = self.mel[clip, at.clamp(0, self.mel.shape[1] - 1)]
         heard = torch.where(inside[..., None], heard, SILENCE)
         mel = heard[:, AUDIO_BACK : AUDIO_BACK + 4 * T]
-        return Batch(to_float(source), to_float(reference), heard, mel)
+        return Batch(source, reference, heard, mel)
 
 
 def drawn(split, size, frames, device):

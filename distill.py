@@ -23,7 +23,7 @@ import model as nn_model
 import runtime
 import sample
 import syncnet
-from data import same_world, to_pixels, to_tokens
+from data import same_world, to_float, to_pixels, to_tokens
 from model import DiT, denoising_loss, load_dit, network_of, save_dit
 from runtime import Fail, Progress, adam_w, compiled, ema, mixed, opt, ranks, rate, update
 from sample import add_noise, dub_student, guided, noise_like, rollout, shift, student_times, tau
@@ -99,12 +99,17 @@ def times_like(batch, s, rng, lowest):
 
 
 def embed(net, batch, drop=None):
-    return net.embed(batch.source, batch.reference, batch.heard, drop)
+    return net.embed(to_float(batch.source), to_float(batch.reference), batch.heard, drop)
 
 
-def target(batch, cfg):
-    """x0 (B, L, N, P): what is to be generated."""
-    return to_tokens(batch.source.chunk(2, 2)[1], cfg.patch)
+def target(batch):
+    """The mouth rectangle (B, T, S/2, 3S/4, 3) in [-1, 1]: what is to be generated."""
+    return to_float(batch.source.chunk(2, 2)[1])
+
+
+def noise_for(net, B, cfg, rng):
+    """(B, L, N, P)"""
+    return torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=rng.device)
 
 
 def look_at(student, watch, judge):
@@ -115,8 +120,7 @@ def seen_differently(reward, x0, batch, cfg):
     """syncnet.view_loss of a guess x0 against the truth, in half of the clips: that costs a tenth
     of a step."""
     half = slice(-(-len(x0) // 2))
-    guess = to_pixels(x0[half], cfg.patch)
-    return syncnet.view_loss(reward, guess, batch.source[half].chunk(2, 2)[1])
+    return syncnet.view_loss(reward, to_pixels(x0[half], cfg.patch), target(batch)[half])
 
 
 def flow_loss(net, x0, noise, t, cond, cfg, edges=0.0):
@@ -128,7 +132,7 @@ def flow_loss(net, x0, noise, t, cond, cfg, edges=0.0):
 
 
 def teacher_loss(net, reward, batch, noise, t, drop, cfg, edges, view):
-    x0 = target(batch, cfg)
+    x0 = to_tokens(target(batch), cfg.patch)
     loss, guess = flow_loss(net, x0, noise, t, embed(net, batch, drop), cfg, edges)
     if view is not None:
         loss = loss + view * seen_differently(reward, guess, batch, cfg)
@@ -164,7 +168,7 @@ def train_teacher(cfg, clips, reward, judge, watch):
         view = torch.tensor(min(1, 2 * late) * cfg.view, device=device) if late > 0 else None
 
         batch = clips.draw(B, cfg, rng)
-        noise = noise_like(target(batch, cfg), rng)
+        noise = noise_for(net, B, cfg, rng)
         t = times_like(batch, cfg.t_shift, rng, lowest=0.02)
         drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
         with mixed(device):
@@ -187,7 +191,7 @@ def student_of(net, cfg):
 def init_loss(net, reward, batch, noise, t, cfg):
     """In x0, not in velocity: only two noise levels are left, and both guesses count alike (1 / t^2
     would weigh the landing three times the start, and the clean chunks infinitely)."""
-    x0 = target(batch, cfg)
+    x0 = to_tokens(target(batch), cfg.patch)
     guess = net(add_noise(x0, noise, t), t, embed(net, batch), causal=True)
     noisy = (t > 0).float()
     loss = denoising_loss(net, guess, x0, noisy, cfg.edges)
@@ -210,7 +214,7 @@ def train_init(cfg, teacher, clips, reward, judge, watch):
 
     for step in progress:
         batch = clips.draw(B, cfg, rng)
-        noise = noise_like(target(batch, cfg), rng)
+        noise = noise_for(net, B, cfg, rng)
         shape = B, cfg.latents // cfg.chunk
         level = levels[torch.randint(len(levels), shape, generator=rng, device=device)]
         clean = torch.rand(shape, generator=rng, device=device) < INIT_CLEAN

@@ -173,8 +173,9 @@ class Muon(torch.optim.Optimizer):
             matrices, lr = group["params"], group["lr"]
             gradient = torch.stack([matrix.grad for matrix in matrices])
             state = self.state[matrices[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
-            momentum.lerp_(gradient, 0.05)
+            if not state:
+                state["momentum"] = torch.zeros_like(gradient)
+            momentum = state["momentum"].lerp_(gradient, 0.05)
             change = orthogonal(gradient.lerp(momentum, 0.95))  # Nesterov
             rows, columns = matrices[0].shape
             torch._foreach_mul_(matrices, 1 - 0.01 * lr)  # weight decay

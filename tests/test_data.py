@@ -53,7 +53,7 @@ def test_references_come_from_outside_the_sample(clips, cfg):
     numbered, frames = copy.copy(clips), torch.cartesian_prod(torch.arange(n), torch.arange(T))
     numbered.video = frames.to(torch.uint8).view(n, T, 1, 1, 2)
     batch = numbered.draw(400, cfg, torch.Generator().manual_seed(0))
-    source, reference = (data.to_uint8(x).squeeze().long() for x in batch[:2])  # 400 24 2
+    source, reference = (x.squeeze().long() for x in batch[:2])  # 400 24 2
     first, chunks = source[:, :1, 1], reference[:, :, 1].view(400, 2, 12)
     assert torch.equal(source[:, :, 1], first + torch.arange(24))
     assert set(first.flatten().tolist()) == set(range(0, T - 23, 4))
