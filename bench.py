@@ -1,32 +1,26 @@
 """Every number and figure in the README. The last line is one JSON object; figures in out/bench/.
 
-    python bench.py speed --config tiny         # frames a second, time to the first one, training
-    python bench.py quality --config small      # the judge's table: truth, teacher, student
-    python bench.py trajectory --config small   # what the paper saw in its teacher, in this one
-    python bench.py ablate --config tiny        # the distillation with one thing changed at a time
-    python bench.py long --config small         # three minutes streamed, and without a sink
-    python bench.py attention --config small    # three ways to attend causally over a clip
-
-FPS: frames out over wall time, from raw pixels and samples to uint8 frames in host memory. TTFF:
-from the moment the first chunk's are in memory to its first frame. One stream, batch 1. Quality is
-measured on held-out people by the judge.
+python bench.py speed --config tiny         # frames a second, time to the first one, training
+python bench.py quality --config small      # the judge's table: truth, teacher, student
+python bench.py trajectory --config small   # what the paper saw in its teacher, in this one
+python bench.py ablate --config tiny        # the distillation with one thing changed at a time
+python bench.py long --config small         # three minutes streamed, the last against the first
+python bench.py attention --config small    # two ways to attend causally over a clip
 """
 
 import copy
 import dataclasses
 import itertools
 import json
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils.benchmark import Timer
 
 import data
 import distill
@@ -41,8 +35,8 @@ from sample import STEPS, dub_student, dub_teacher, tau
 from syncnet import features, frechet, load_syncnet, measures
 
 COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
-AXES = dict(sync_c="Sync-C", psnr="PSNR in the mask (dB)", landmark="landmark error (% of side)")
-AXES |= dict(sharp="sharp (1: as the truth)", frechet="Fréchet distance to the truth")
+LABELS = "Sync-C", "PSNR (dB)", "landmark (% of side)", "gain", "sharp", "Fréchet distance"
+LABELS = dict(zip(COLUMNS, LABELS))
 CLIPS = dict(quality=64, ablate=64, trajectory=12, long=4)  # people, if --clips is not given
 
 
@@ -57,7 +51,7 @@ class Options:
     rounds: int = opt(5, "speed, attention: times that each row is measured, taking turns")
     compile: str = opt("off", "speed: the compiled student, too", ("on", "off"))
     clips: int = opt(0, "people; if not given 64, trajectory 12, long 4", least=2)
-    seconds: int = opt(180, "long: of each stream")
+    seconds: int = opt(180, "long: of each stream", least=20)
     only: str = opt("", "ablate: rows whose names hold one of these words, with commas between")
     seeds: int = opt(3, "ablate: trainings of each row")
 
@@ -67,12 +61,12 @@ def checkpoint(cfg, name):
     student there was distilled beside: where its --teacher lies, or bundled."""
     bundled = Path(__file__).parent / "weights" / cfg.config
     folder = Path(cfg.weights or bundled)
-    places = [folder]
-    if name != "student" and (folder / "student.pt").is_file():
-        options = runtime.load(folder / "student.pt", "dit").get("options", {})
-        places += [Path(options["teacher"]).parent] if options.get("teacher") else []
-    for path in [place / f"{name}.pt" for place in (*places, bundled)]:
-        if path.is_file() and (name != "student" or path.parent == folder):
+    student, places = folder / "student.pt", [folder]
+    if name != "student":
+        options = runtime.load(student, "dit").get("options", {}) if student.is_file() else {}
+        places += [Path(options.get("teacher") or student).parent, bundled]
+    for path in [place / f"{name}.pt" for place in places]:
+        if path.is_file():
             print(f"{name}: {path}", file=sys.stderr, flush=True)
             return path
     raise Fail(f"{folder}: no {name}.pt; --weights names a folder that holds one, out/tiny say")
@@ -96,94 +90,73 @@ def table(first, rows, columns):
 
 
 def judged(dub, pairs, judge):
-    """The measures' means over people and the Fréchet distance, with half their 95% intervals; the
-    last one's by the jackknife: one person after the other left out."""
+    """Means over people, and the Fréchet distance, with half their 95% intervals."""
     row, n = {}, len(dub)
     for key, values in measures(dub, pairs, judge).items():
         row[key] = values.mean().item()
         row[key + "_ci"] = 1.96 * values.std().item() / n**0.5
-    sets = [features(judge, video).view(n, -1).cpu() for video in (dub, pairs.truth)]
-    E = judge.mouth.in_features
-    row["frechet"] = frechet(*(x.view(-1, E) for x in sets))
-    others = ~torch.eye(n, dtype=torch.bool)
-    without = [frechet(*(x[some].view(-1, E) for x in sets)) for some in others]
+    sets = [features(judge, x).unflatten(0, (n, -1)).cpu() for x in (dub, pairs.truth)]
+    some = ~torch.eye(n + 1, n, dtype=torch.bool)  # jackknife; in the last row all
+    *without, row["frechet"] = [frechet(*(x[who].flatten(0, 1) for x in sets)) for who in some]
     row["frechet_ci"] = 1.96 * ((n - 1) * np.var(without)) ** 0.5
     return row
 
 
 # ------------------------------------------------------------------------------------------ speed
-def seconds_of(work, device):
-    runtime.synchronize(device)
-    begun = time.perf_counter()
-    work()
-    runtime.synchronize(device)
-    return time.perf_counter() - begun
-
-
-def in_turns(ways, rounds, measure):
-    """{name: work} -> {name: [measure(work)] of each round}; a first round only warms up."""
-    found = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, work in ways.items():
-            found[name].append(measure(work))
-    return {name: measured[1:] for name, measured in found.items()}
+def seconds_of(work, rounds):
+    """The mean after a warm-up; the timer waits for the device."""
+    how = dict(globals=dict(work=work), num_threads=torch.get_num_threads())
+    return Timer("work()", **how).timeit(rounds).mean
 
 
 def training(recipe, device):
-    """Seconds of a teacher step, and of a student update with its critic updates: the median
-    leaves out those at which the judge looks."""
-    clips = data.Clips(recipe.size, 8, device)
-    watch = data.held_out(1, recipe.size, "watch", device)
+    """Seconds of a teacher step, and of a student's with its critic updates."""
     expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
+    watch, seconds = data.held_out(1, recipe.size, "watch", device), {}
+    world = data.Clips(recipe.size, 8, device), expert, expert, watch
     with tempfile.TemporaryDirectory() as folder:
         recipe = dataclasses.replace(recipe, out=folder, teacher_steps=24, dmd_steps=12)
-        teacher = distill.train_teacher(recipe, clips, expert, expert, watch)
-        distill.train_dmd(recipe, teacher, teacher, clips, expert, expert, watch)
-        rows = [json.loads(line) for line in open(f"{folder}/log.jsonl")]
-    teacher, student = (
-        statistics.median(np.diff([row["seconds"] for row in rows if row["stage"] == stage][3:]))
-        for stage in ("teacher", "student")
-    )
-    return dict(teacher_step_s=teacher, student_update_s=student)
+        teacher = distill.train_teacher(recipe, *world)
+        distill.train_dmd(recipe, teacher, teacher, *world)
+        for row in map(json.loads, open(f"{folder}/log.jsonl")):
+            seconds.setdefault(row["stage"], []).append(row["seconds"])
+    return {f"{stage}_step_s": np.median(np.diff(spent[3:])) for stage, spent in seconds.items()}
 
 
 def speed(cfg, device):
     """The student's stream against its teacher's windows; random weights, speed is the same."""
-    recipe = distill.Config(**distill.PRESETS[cfg.config])
-    net = model.DiT(model.network_of(recipe)).to(device, runtime.fast_dtype(device)).eval()
-    T = 4 * recipe.latents  # frames that the teacher makes at once
+    recipe, dtype = distill.Config(**distill.PRESETS[cfg.config]), runtime.fast_dtype(device)
+    net, T = model.DiT(model.network_of(recipe)).to(device, dtype).eval(), 4 * recipe.latents
     clip = draw(SPLITS["held-out"], 2 * T, recipe.size)
-    source = clip.video[None, :T].to(device)
+    source = clip.video[None, :T].to(device)  # as many frames as the teacher makes at once
     mel = data.log_mel(clip.audio[: T * RATE // FPS])[None].to(device)
 
     def teacher(guidance):
         yield dub_teacher(net, source, mel, guidance=guidance, latents=recipe.latents)[0]
 
-    ways = {
-        "student": lambda: sample.stream(net, clip.video, clip.audio),
-        "teacher_guided": lambda: teacher(recipe.guidance),
-        "teacher": lambda: teacher(1.0),
-    }
+    ways = dict(student=lambda: sample.stream(net, clip.video, clip.audio))
+    ways.update(teacher_guided=lambda: teacher(recipe.guidance), teacher=lambda: teacher(1.0))
     if cfg.compile == "on":
         compiled = copy.copy(net)
         compiled.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
         # Eight times as long: a stream's first chunks, until the window is full, are not compiled.
         video, audio = clip.video.repeat(8, 1, 1, 1), np.tile(clip.audio, 8)
         ways["student_compiled"] = lambda: sample.stream(compiled, video, audio)
-    result = {}
-    for name, runs in in_turns(ways, cfg.rounds, lambda work: sample.clock(work(), device)).items():
-        fps, ttff = zip(*runs)
-        middle = statistics.median(fps)
-        row = dict(fps=middle, least=min(fps), most=max(fps), ttff_s=statistics.median(ttff))
-        result[name] = dict(row, ms_per_chunk=4000 * recipe.chunk / middle)
+    runs, result = {name: [] for name in ways}, {}
+    for name in [*ways] * (cfg.rounds + 1):  # taking turns
+        runs[name].append(sample.clock(ways[name](), device))
+    for name, found in runs.items():
+        fps, ttff = np.array(found[1:]).T  # the first warmed up
+        row = result[name] = dict(fps=np.median(fps), least=min(fps), most=max(fps))
+        row.update(ttff_s=np.median(ttff), ms_per_chunk=4000 * recipe.chunk / row["fps"])
     table("", result, dict(fps=1, least=1, most=1, ttff_s=4, ms_per_chunk=1))
     n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=runtime.fast_dtype(device))
-    peak = 2e-9 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(12))
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    peak = 2e-9 * n**3 / seconds_of(lambda: a @ b, 12)
     ratio = result["student"]["fps"] / result["teacher_guided"]["fps"]
     bound = 2 * STEPS / (recipe.student_steps + 1)  # by the count of passes
-    about = dict(ratio=ratio, bound=bound, train=training(recipe, device), peak_gflops=peak)
-    return dict(result, **about)
+    result.update(ratio=ratio, bound=bound, peak_gflops=peak, train=training(recipe, device))
+    return result
 
 
 # ---------------------------------------------------------------------------------------- quality
@@ -196,211 +169,166 @@ def by_parts(dub, net, pairs, **how):
 def quality(cfg, device):
     """The judge's table."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
-    pairs, other = data.held_out(cfg.clips, student.cfg.size, "held-out", device), []
-    # Truths drawn again with only that changed which no sound decides (teeth, smile): nothing that
-    # commits itself to one mouth can be closer.
+    pairs = data.held_out(cfg.clips, student.cfg.size, "held-out", device)
+    rows, other = dict(truth=judged(pairs.truth, pairs, judge)), []
+    # Only what no sound decides is changed: nothing that commits itself to one mouth can be closer.
     for i in range(SPLITS["held-out"], SPLITS["held-out"] + 2 * cfg.clips, 2):
         how = dict(text=i + 1, detail=i + 1_000_000, device=device)
         other.append(draw(i, 96, student.cfg.size, **how).video)
-    rows = dict(truth=judged(pairs.truth, pairs, judge))
     rows["truth, other detail"] = judged(torch.stack(other), pairs, judge)
-    for steps, scale in ((50, 1.0), (50, 1.5), (50, 2.0), (1, 1.0), (2, 1.0)):
+    taught = ("teacher", 50, 1.0), ("teacher_guided", 50, 1.5), ("teacher, guidance 2", 50, 2.0)
+    for name, steps, scale in (*taught, ("teacher, 1 step", 1, 1.0), ("teacher, 2 steps", 2, 1.0)):
         dub = by_parts(dub_teacher, teacher, pairs, steps=steps, guidance=scale)
-        rows[f"teacher, {steps} steps, guidance {scale:g}"] = judged(dub, pairs, judge)
+        rows[name] = judged(dub, pairs, judge)
     rows["student"] = judged(by_parts(dub_student, student, pairs), pairs, judge)
     table("dub", rows, COLUMNS)
-    teachers = [row for name, row in rows.items() if "50 steps" in name]
-    named = dict(truth=rows["truth"], student=rows["student"], teacher=teachers[0])
-    named["teacher_guided"] = max(teachers, key=lambda row: row["sync_c"])
-    return dict(clips=cfg.clips, rows=named, all=rows, ceiling=rows["truth, other detail"])
+    return dict(rows=rows, all=rows, ceiling=rows["truth, other detail"])
 
 
 # ------------------------------------------------------------------------------------- trajectory
 LANDINGS = range(5, 50, 5)  # j at which a second step may begin
-MOUTHS = {(1.0, 0): "one step", (1.0, 4): "step 5 of 50", (1.0, 19): "20", (1.0, 49): "50"}
-MOUTHS |= {"first guess": "student, 1st guess", "student": "its 2nd", "truth": "truth"}
+MOUTHS = {("guidance 1", j): f"step {j + 1} of 50" for j in (0, 4, 19, 49)}  # to look at
+MOUTHS |= {("student", 1): "student, 1st guess", ("student", 2): "2nd", ("truth", 0): "truth"}
 
 
 @torch.no_grad()
-def looked_at(teacher, student, pairs, ways, s, latents=12):
-    """(name, frames): the truth; the student, its first guess; the teacher's guesses x0: (way, j)
-    along 50 steps guided by `ways` (of 1 and s all, else the last); (s0, s1, j1) of two steps, the
-    second at j1, guided by s0 and s1. Windows and noise are dub_teacher's."""
-    yield "truth", pairs.truth
-    early = copy.copy(student)
-    early.cfg = dataclasses.replace(student.cfg, student_steps=1)
-    yield "first guess", by_parts(dub_student, early, pairs)
-    yield "student", by_parts(dub_student, student, pairs)
+def looked_at(teacher, student, pairs, s, band, latents=12):
+    """Yields (line, x), frames: the teacher's guesses along 50 steps, and where they end, and two;
+    the student's; the truth. Windows and noise are dub_teacher's."""
     starts = range(0, pairs.source.shape[1] // 4, latents)
-    conds = [sample.embed_clip(teacher, *pairs[::2], i, i + latents) for i in starts]
+    conds = [sample.embed_clip(teacher, pairs.source, pairs.mel, i, i + latents) for i in starts]
     cond = model.Cond(*(torch.cat(windows) for windows in zip(*conds)))
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(cond.known.shape, generator=rng).to(cond.known.device)
 
     def guess(x_t, j, guidance):
-        x0 = []
-        for x, *known in zip(x_t.split(16), *(part.split(16) for part in cond)):
-            with runtime.mixed(x.device):
-                x0.append(sample.guided(teacher, x, tau(j), model.Cond(*known), guidance).float())
-        return torch.cat(x0)
+        with runtime.mixed(x_t.device):
+            return sample.guided(teacher, x_t, tau(j), cond, guidance).float()
 
     def frames(x0):
         return sample.to_frames(teacher, torch.cat(x0.chunk(len(starts)), 1), pairs.source)
 
-    for way, guidances in ways.items():
+    fixed, band_only = "50 steps: 1, 1.5, 2, 3, 4.5", f"50 steps: {s:g} in the band, else 1"
+    ways = {(fixed, scale): [scale] * STEPS for scale in (1.0, 1.5, 2.0, 3.0, 4.5)}
+    ways[band_only, s] = [s if j in band else 1.0 for j in range(STEPS)]
+    for way, scales in ways.items():
         x_t = noise
-        for j, guidance in enumerate(guidances):
-            x0 = guess(x_t, j, guidance)
-            if way in (1.0, s) or j == STEPS - 1:
-                yield (way, j), frames(x0)
+        for j, scale in enumerate(scales):
+            x0 = guess(x_t, j, scale)
+            if way in ((fixed, 1.0), (fixed, s)):
+                yield (f"guidance {scale:g}", j), frames(x0)
             x_t = x_t + (tau(j + 1) - tau(j)) * sample.to_velocity(x_t, x0, tau(j))
+        yield way, frames(x0)
     for s0 in (1.0, s):
         first = guess(noise, 0, s0)  # one for all landings
-        for j1, s1 in itertools.product(LANDINGS, (1.0, s)):
-            x_t = sample.add_noise(first, noise, tau(j1))  # a long Euler step
-            yield (s0, s1, j1), frames(guess(x_t, j1, s1))
+        for s1, j in itertools.product((1.0, s), LANDINGS):
+            x_t = sample.add_noise(first, noise, tau(j))  # a long Euler step
+            yield (f"{s0:g}, then {s1:g}", j), frames(guess(x_t, j, s1))
+    for i, calls in enumerate((1, student.cfg.student_steps), 1):
+        net = copy.copy(student)
+        net.cfg = dataclasses.replace(student.cfg, student_steps=calls)
+        yield ("student", i), by_parts(dub_student, net, pairs)
+    yield ("truth", 0), pairs.truth
 
 
 def worth(sync, distance):
     """Sync-C less Fréchet distance, each as a share of its range along the curve."""
-    return sync / (np.ptp(sync) or 1) - distance / (np.ptp(distance) or 1)
+    return np.divide(sync, np.ptp(sync) or 1) - np.divide(distance, np.ptp(distance) or 1)
 
 
-def recommend(bought, paid, sync, distance):
-    """The rule. What guidance has bought in Sync-C and paid in distance by each step; both of two
-    steps at each landing -> the band between whose ends the worth rises most, and the landing with
-    the highest."""
-    value, spans = worth(bought, paid), itertools.combinations(range(len(bought)), 2)
-    first, last = max(spans, key=lambda span: value[span[1]] - value[span[0]])
-    return first, last, LANDINGS[int(worth(sync, distance).argmax())]
+def recommend(plain, guided, two):
+    """The rule, of curves {measure: values} along unguided and guided steps, and of two steps by
+    landing: the run of steps in which the worth of what guidance changes exceeds its mean by most
+    in all; the landing of the highest worth."""
+    gain = worth(*(np.subtract(guided[key], plain[key]) for key in ("sync_c", "frechet")))
+    so_far = np.append(0, (gain - gain.mean()).cumsum())
+    runs = itertools.combinations(range(len(so_far)), 2)
+    first, end = max(runs, key=lambda run: so_far[run[1]] - so_far[run[0]])
+    landing = two["x"][worth(two["sync_c"], two["frechet"]).argmax()]
+    return dict(band_first=first, band_last=end - 1, landing=landing)
 
 
-def curves(rows, lines, key, x):
-    """{line: names of rows} -> {line: (x, its values, standard errors)}, over a range x, or another
-    measure."""
-    found = {}
-    for line, names in lines.items():
-        y, ci = (np.array([rows[name][k] for name in names]) for k in (key, key + "_ci"))
-        found[line] = [rows[name][x] for name in names] if x in AXES else x, y, ci / 1.96
-    return found
-
-
-def panels(path, title, caption, drawn, mark=None):
-    """Save a figure: a panel for each {(x, y label): {line: (x, y, its standard errors)}}."""
-    down = -(-len(drawn) // 3)
-    figure, axes = plt.subplots(down, 3, figsize=(13, 3.2 * down + 0.9), layout="constrained")
-    for axis, ((x_label, y_label), lines) in zip(axes.flat, drawn.items()):
-        axis.set(xlabel=x_label, ylabel=y_label)
-        if mark:
-            axis.axvspan(*mark, color="0.88")
-        for name, (x, y, error) in lines.items():
-            axis.errorbar(x, y, error, fmt=".-", elinewidth=0.6, label=name)
-        axis.legend(fontsize="small")
-    figure.suptitle(title)
-    figure.supxlabel(caption, fontsize="medium")
+def panels(path, caption, lines, axes, *marks):
+    """Save a figure of `lines`, {name: {measure: values}}: a panel for each (x, y) of `axes`, y a
+    measure with its standard error, x another one or what to call the x of the lines."""
+    down = -(-len(axes) // 3)
+    figure, grid = plt.subplots(down, 3, figsize=(13, 3.2 * down + 0.9), layout="constrained")
+    for panel, (x, y) in zip(grid.flat, axes):
+        panel.set(xlabel=LABELS.get(x, x), ylabel=LABELS[y])
+        for span in marks:
+            panel.axvspan(*span, color="0.9")
+        for name, line in lines.items():
+            along, mean = line[x if x in LABELS else "x"], np.array(line[y])
+            error = np.array(line[y + "_ci"]) / 1.96
+            color = panel.plot(along, mean, ".-", label=name)[0].get_color()
+            panel.vlines(along, mean - error, mean + error, color, alpha=0.25, lw=3)
+        panel.legend(fontsize="small")
+    figure.suptitle(caption, fontsize="medium")
     figure.savefig(path, dpi=80)
 
 
-def figures(path, rows, s, about):
-    """The paper's three figures -> the band and the landing that this teacher recommends."""
-    steps, share = range(STEPS), "each as a share of its range"
-    along = {f"guidance {way:g}": [(way, j) for j in steps] for way in (1.0, s)}
-    two = {}
-    for s0, s1 in itertools.product((1.0, s), repeat=2):
-        two[f"guidance {s0:g}, then {s1:g}"] = [(s0, s1, j) for j in LANDINGS]
-    landed, gaps = [], []
-    for key in ("sync_c", "frechet"):
-        landed.append(curves(rows, two, key, LANDINGS)[f"guidance 1, then {s:g}"][1])
-        (_, plain, _), (_, guided, _) = curves(rows, along, key, steps).values()
-        gaps.append(guided - plain)
-    first, last, landing = recommend(*gaps, *landed)
-
-    x = "step j (0 noise, 50 clean)"
-    drawn = {(x, label): curves(rows, along, key, steps) for key, label in AXES.items()}
-    kinds = "Sync-C bought", "Fréchet distance paid", "bought less paid"
-    values = *(gap / (np.ptp(gap) or 1) for gap in gaps), worth(*gaps)
-    drawn[x, "the gap, as a share of its range"] = {k: (steps, v, 0) for k, v in zip(kinds, values)}
-    caption = (
-        f"{about}\nGrey: the band recommended, j = {first} to {last}, between whose ends Sync-C"
-    )
-    caption += f" bought less Fréchet distance paid by guidance, {share}, rises most."
-    title = f"What guidance {s:g} buys and costs: the guess of x0 at each of 50 steps"
-    panels(f"{path}-guidance.png", title, caption, drawn, (first, last))
-
-    x, keys = "j at which the second step begins", ("sync_c", "frechet", "psnr")
-    drawn = {(x, AXES[key]): curves(rows, two, key, LANDINGS) for key in keys}
-    caption = f"{about}\nGrey: the landing recommended, j = {landing}, where, guided in the second"
-    caption += f" step alone, Sync-C less Fréchet distance, {share}, is highest."
-    title = "Two Euler steps from noise: where to guide, where to land"
-    panels(f"{path}-two-steps.png", title, caption, drawn, (landing, landing))
-
-    fixed = [name for name in rows if name[1:] == (STEPS - 1,)]
-    lines = {"50 steps, guidance " + ", ".join(f"{way:g}" for way, _ in fixed[:-1]): fixed[:-1]}
-    lines[f"50 steps, {s:g} in the preset's band"] = fixed[-1:]
-    lines[f"2 steps: 1, then {s:g} at j = {landing}"] = [(1.0, s, landing)]
-    lines |= {"student": ["student"], "truth": ["truth"]}
-    drawn = {}
-    for key in ("frechet", "landmark", "sharp"):
-        drawn[AXES[key], AXES["sync_c"]] = curves(rows, lines, "sync_c", key)
-    panels(f"{path}-ends.png", "Fixed guidance against schedules: where each ends", about, drawn)
-    return first, last, landing
-
-
-def mouths_figure(path, kept, moments, rows, about):
-    """What one step loses: the moment at which the truth opens widest."""
-    n = len(moments)
-    figure, axes = plt.subplots(n, len(MOUTHS), figsize=(14, 1.5 * n + 1), layout="constrained")
-    for line, name in zip(axes.T, MOUTHS):
-        line[0].set_title(f"{MOUTHS[name]}\nsharp {rows[name]['sharp']:.2f}")
-        for i, axis in enumerate(line):
-            axis.imshow(kept[name][i, moments[i]].cpu())
-            axis.set(xticks=[], yticks=[])
-            axes[i, 0].set_ylabel(f"person {i + 1}")
-    figure.supxlabel(f"The widest moment of three of {about} Sharp: mean of all, 1 as the truth.")
-    figure.savefig(path, dpi=90)
+def figures(path, rows, s, people):
+    """The paper's figures as curves -> what this teacher recommends."""
+    along = {name: rows[name] for name in ("guidance 1", f"guidance {s:g}")}
+    two = {name: line for name, line in rows.items() if "then" in name}
+    operating = two[f"1, then {s:g}"]
+    first, last, landing = (advice := recommend(*along.values(), operating)).values()
+    rule = "Sync-C less Fréchet distance, each as a share of its range"
+    axes = [("step j (0 noise, 50 clean)", key) for key in COLUMNS]
+    caption = f"What guidance {s:g} buys and costs: the guess of x0 at each of 50 steps. {people}\n"
+    caption += f"Grey, j = {first} to {last}, the band recommended: the steps where {rule},\n"
+    caption += "guided minus unguided, exceeds its mean by most in all."
+    panels(f"{path}-guidance.png", caption, along, axes, (first, last))
+    axes = [("j at which the second step begins", key) for key in ("sync_c", "frechet", "psnr")]
+    caption = f"Two Euler steps from noise: guided where, landing where? {people}\nGrey line, j ="
+    caption += f" {landing}, the landing recommended: most {rule}, if guided in the second alone."
+    panels(f"{path}-two-steps.png", caption, two, axes, (landing, landing))
+    axes = [(key, "sync_c") for key in ("frechet", "landmark", "sharp")]
+    lines = {name: rows[name] for name in rows if name.startswith(("50", "student", "truth"))}
+    lines[f"2 steps: 1, then {s:g}; any landing"] = operating
+    panels(f"{path}-ends.png", f"Fixed guidance against schedules. {people}", lines, axes)
+    return advice
 
 
 def trajectory(cfg, device):
     """What the paper saw in its teacher (its figures 2, 3, 4, 7 to 9), and what it recommends."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
-    recipe, rows, kept = distill.Config(**distill.PRESETS[cfg.config]), {}, {}
-    s, first, last = recipe.guidance, recipe.band_first, recipe.band_last
-    ways = {way: [way] * STEPS for way in sorted({1.0, 1.5, s, 3.0, 4.5})}
-    ways["band"] = [s if first <= j <= last else 1.0 for j in range(STEPS)]
+    recipe, rows, mouths = distill.Config(**distill.PRESETS[cfg.config]), {}, {}
+    s, band = recipe.guidance, range(recipe.band_first, recipe.band_last + 1)
     pairs = data.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
-    for name, frames in looked_at(teacher, student, pairs, ways, s):
-        rows[name] = judged(frames, pairs, judge)
-        print(name, file=sys.stderr, flush=True)
-        if name in MOUTHS:
-            kept[name] = data.mouth(frames[:3])  # 3 T S/2 3S/4 3
+    moments = pairs.mouth[:3, :, 0].argmax(1)
+    for (line, x), frames in looked_at(teacher, student, pairs, s, band):
+        row = dict(judged(frames, pairs, judge), x=x)
+        print(f"{line}, {x:g}: Sync-C {row['sync_c']:.3f}", file=sys.stderr, flush=True)
+        for key, value in row.items():
+            rows.setdefault(line, {}).setdefault(key, []).append(value)
+        if (line, x) in MOUTHS:
+            three = data.mouth(frames)[range(len(moments)), moments].flatten(0, 1).cpu()
+            mouths[f"{MOUTHS[line, x]}\nsharp {row['sharp']:.2f}"] = three
     path = f"{cfg.out}/trajectory-{cfg.config}"
-    about = f"{cfg.clips} held-out people, noise seed 0."
-    first, last, landing = figures(path, rows, s, f"{about} Bars: one standard error.")
-    mouths_figure(f"{path}-mouths.png", kept, pairs.mouth[:3, :, 0].argmax(1), rows, about)
-    ends = [name for name in rows if name in MOUTHS or STEPS - 1 in name]
-    table("", {name: rows[name] for name in ends}, COLUMNS)
-    print(f"Recommended: --band_first {first} --band_last {last} --landing {landing}")
-    advice = dict(band_first=first, band_last=last, landing=landing)
-    return dict(clips=cfg.clips, recommended=advice, rows={str(k): row for k, row in rows.items()})
+    people = f"{cfg.clips} held-out people, noise seed 0: mean and standard error."
+    advice = figures(path, rows, s, people)
+    figure, axes = plt.subplots(1, len(mouths), figsize=(14, 4.6), layout="constrained")
+    for axis, title in zip(axes, mouths):
+        axis.imshow(mouths[title])
+        axis.set(xticks=[], yticks=[], title=title)
+    figure.supxlabel(f"Three people at the moment when the truth opens widest. Sharp: {people}")
+    figure.savefig(f"{path}-mouths.png", dpi=90)
+    print("Recommended:", *(f"--{key} {j}" for key, j in advice.items()))
+    return dict(recommended=advice, rows=rows)
 
 
 # ----------------------------------------------------------------------------------------- ablate
 VARIANTS = {  # and the paper's Sync-C and FVD
-    "init alone": dict(stage="init"),
-    "as it is (paper: 6.88, 119)": {},
+    "init alone": dict(stage="init"), "as it is (paper: 6.88, 119)": {},
     "never guided (paper: 6.14, 121)": dict(sync_window="off"),
     "guided everywhere (paper: 7.13, 138)": dict(sync_window="all"),
     "window reversed (paper: 6.98, 127)": dict(sync_window="reversed"),
-    "no reward (paper: 6.81, 120)": dict(beta=0.0),
-    "beta 2 (paper's)": dict(beta=2.0),
-    "no view": dict(view=0.0, dmd_view=0.0),
-    "1 critic update": dict(critic_updates=1),
-    "landing 20": dict(landing=20),
-    "landing 30 (paper's)": dict(landing=30),
-    "dmd shift 5 (paper's)": dict(dmd_shift=5.0),
-    "1 step": dict(student_steps=1),
-    "4 steps": dict(student_steps=4),
-}
+    "no reward (paper: 6.81, 120)": dict(beta=0.0), "beta 2 (paper's)": dict(beta=2.0),
+    "no view": dict(view=0.0, dmd_view=0.0), "1 critic update": dict(critic_updates=1),
+    "landing 20": dict(landing=20), "landing 30 (paper's)": dict(landing=30),
+    "1 step": dict(student_steps=1), "4 steps": dict(student_steps=4),
+}  # fmt: skip
 
 
 def ablate(cfg, device):
@@ -415,95 +343,77 @@ def ablate(cfg, device):
         out = f"{cfg.out}/ablate-{cfg.config}/{name.split(' (')[0].replace(' ', '-')}-{seed}"
         how = dict(config=cfg.config, teacher=teacher, seed=seed, out=out, device=device)
         distill.main([f"--{key}={value}" for key, value in (how | VARIANTS[name]).items()])
-        made = f"{out}/init.pt" if name == "init alone" else f"{out}/student.pt"
+        made = f"{out}/{VARIANTS[name].get('stage', 'student')}.pt"
         net = load_dit(made, device, runtime.fast_dtype(device))
         row = judged(by_parts(dub_student, net, pairs), pairs, judge)
         rows.append(dict(row, name=name, seed=seed))
     shown = {name: {} for name in wanted}
     for name, key in itertools.product(wanted, COLUMNS):
         values = [row[key] for row in rows if row["name"] == name]
-        shown[name][key], shown[name][key + "_ci"] = np.mean(values), np.std(values)
-    table(f"mean ± spread of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
-    return dict(clips=cfg.clips, rows=rows)
+        shown[name][key], shown[name][key + "_ci"] = np.mean(values), np.ptp(values) / 2
+    table(f"mean ± half the range of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
+    return dict(rows=rows)
 
 
 # ------------------------------------------------------------------------------------------- long
 def long(cfg, device):
-    """Minutes of streaming: is the last one as good as the first? The truth says which words are
-    hard. JSON: every ten seconds, which are measured as clips of their own."""
-    if cfg.seconds % 10 or cfg.seconds < 20:
-        raise Fail(f"--seconds {cfg.seconds} must be two or more times 10")
+    """Is a stream's last minute as good as its first? In clips of ten seconds."""
     judge, student = networks(cfg, device, "student")
-    rows, shown, n = {"truth": [], "student": [], "no sink": []}, {}, min(6, cfg.seconds // 20)
-    for i in range(cfg.seed, cfg.seed + cfg.clips):
-        source, truth = dub_pair(i, cfg.seconds * FPS, student.cfg.size)
-        whole = source.video, truth.video, data.log_mel(truth.audio), torch.from_numpy(truth.mouth)
-        pairs = data.Pairs(*(x.unflatten(0, (cfg.seconds // 10, -1)).to(device) for x in whole))
-        for name, found in rows.items():
-            net, dub = copy.copy(student), truth.video
-            net.cfg = dataclasses.replace(student.cfg, sink=int(name != "no sink"))
-            if name != "truth":
-                dub = torch.cat(list(sample.stream(net, source.video, truth.audio)))
-            measured = measures(dub.view(pairs.truth.shape).to(device), pairs, judge)
-            found.append(torch.stack(list(measured.values())).cpu())  # measures, tens of seconds
-    for name, found in rows.items():
-        mean = torch.stack(found).mean(0)
-        rows[name] = dict(zip(measured, mean.tolist()))
-        shown[f"{name}, first"] = dict(zip(measured, mean[:, :n].mean(1).tolist()))
-        shown[f"{name}, last"] = dict(zip(measured, mean[:, -n:].mean(1).tolist()))
-    table("minute", shown, dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2))
-    return dict(first=shown["student, first"], last=shown["student, last"], rows=rows)
+    tens, found, rows = cfg.seconds // 10, [], {}
+    minute = min(6, tens // 2)
+    for i in range(cfg.clips):
+        source, truth = dub_pair(i, 10 * tens * FPS, student.cfg.size)
+        dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
+        mel, shape = data.log_mel(truth.audio), torch.from_numpy(truth.mouth)
+        clips = [x.unflatten(0, (tens, -1)) for x in (source.video, truth.video, mel, shape, dub)]
+        found.append([(x[:minute], x[-minute:]) for x in clips])
+    for end, name in enumerate(("first", "last")):
+        *pairs, dub = (torch.cat([x[end] for x in many]).to(device) for many in zip(*found))
+        pairs = data.Pairs(*pairs)
+        rows[f"truth, {name}"] = judged(pairs.truth, pairs, judge)
+        rows[f"student, {name}"] = judged(dub, pairs, judge)
+    table("minute", rows, COLUMNS)
+    return dict(first=rows["student, first"], last=rows["student, last"], rows=rows)
 
 
 # -------------------------------------------------------------------------------------- attention
+@torch.no_grad()
 def attention(cfg, device):
     """The causal clip, forward, batch 4, rotation included: a dense call a chunk (what the student
-    does; only it gives each key its place in the stream's window), one call with a mask, and
-    flex_attention. Milliseconds, median of the rounds."""
-    c = distill.Config(**distill.PRESETS[cfg.config])
+    does; only it gives each key its place in the stream's window), and one call with a mask."""
+    c, rows = distill.Config(**distill.PRESETS[cfg.config]), {}
     rope, N = model.rope_table(c).to(device), model.n_tokens(c)
-    flex, rows = torch.compile(flex_attention), {}
     for latents in (12, 48, 192):
-        n, shape = latents * N, (3, 4, c.heads, latents * N, c.width // c.heads)
+        shape, turn = (3, 4, c.heads, latents * N, c.width // c.heads), rope[:latents]
         q, k, v = torch.randn(shape, device=device, dtype=runtime.fast_dtype(device))
-        see = torch.zeros(latents, latents, dtype=torch.bool, device=device)
+        mask = torch.zeros(latents, latents, dtype=torch.bool, device=device)
         for chunk in range(latents // c.chunk):
-            see[chunk * c.chunk : (chunk + 1) * c.chunk, model.visible(chunk, c)] = True
-        mask = see.repeat_interleave(N, 0).repeat_interleave(N, 1)
-        blocks = create_block_mask(lambda b, h, i, j: see[i // N, j // N], None, None, n, n, device)
-
-        def turned():
-            return model.rotate(q, rope[:latents]), model.rotate(k, rope[:latents]), v
-
+            mask[chunk * c.chunk : (chunk + 1) * c.chunk, model.visible(chunk, c)] = True
+        mask = mask.repeat_interleave(N, 0).repeat_interleave(N, 1)
         ways = {
             "a call a chunk": lambda: model.attend_chunks(q, k, v, rope, c),
-            "mask": lambda: F.scaled_dot_product_attention(*turned(), attn_mask=mask),
-            "flex_attention": lambda: flex(*turned(), block_mask=blocks),
+            "mask": lambda: sdpa(model.rotate(q, turn), model.rotate(k, turn), v, attn_mask=mask),
         }
-        with torch.no_grad():
-            spent = in_turns(ways, cfg.rounds, lambda work: 1000 * seconds_of(work, device))
-        rows[f"{latents} latent frames"] = {n: statistics.median(t) for n, t in spent.items()}
+        spent = {name: 1000 * seconds_of(way, cfg.rounds) for name, way in ways.items()}
+        rows[f"{latents} latent frames"] = spent
     table("ms", rows, dict.fromkeys(ways, 2))
     return dict(rows=rows)
 
 
 def main(argv):
-    benches = dict(speed=speed, quality=quality, trajectory=trajectory, ablate=ablate)
-    benches |= dict(long=long, attention=attention)
+    benches = {f.__name__: f for f in (speed, quality, trajectory, ablate, long, attention)}
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-    elif argv[0] not in benches:
+        return print(__doc__)
+    if argv[0] not in benches:
         raise Fail(f"{argv[0]}: no such bench; one of {', '.join(benches)}")
-    else:
-        cfg = runtime.options(Options, argv[1:], __doc__)
-        cfg.clips = cfg.clips or CLIPS.get(argv[0], 0)
-        runtime.free_space(cfg.out)
-        runtime.keep_memory()
-        torch.manual_seed(cfg.seed)
-        device = runtime.find_device(cfg.device, cfg.precision)
-        about = dict(bench=argv[0], config=cfg.config, device=str(device), seed=cfg.seed)
-        about.update(threads=torch.get_num_threads(), torch=torch.__version__)
-        print(json.dumps(about | benches[argv[0]](cfg, device)))
+    cfg = runtime.options(Options, argv[1:], __doc__)
+    cfg.clips = cfg.clips or CLIPS.get(argv[0], 0)
+    runtime.free_space(cfg.out)
+    runtime.keep_memory()
+    torch.manual_seed(cfg.seed)
+    device = runtime.find_device(cfg.device, cfg.precision)
+    about = dict(vars(cfg), bench=argv[0], device=str(device), threads=torch.get_num_threads())
+    print(json.dumps(about | benches[argv[0]](cfg, device)))
 
 
 if __name__ == "__main__":
