@@ -1,30 +1,26 @@
 """Every number and figure in the README. The last line is one JSON object; figures in out/bench/.
 
-    python bench.py speed --config tiny         # frames a second, time to the first one, training
-    python bench.py quality --config small      # the judge's table: truth, teacher, student
-    python bench.py long --config small         # three minutes streamed, and other caches
-    python bench.py ablate --config tiny        # the distillation with one thing changed at a time
-    python bench.py attention --config small    # three ways to attend causally over a clip
-
-FPS: frames out over wall time, everything from raw pixels and samples to uint8 frames in host
-memory included. TTFF: from the moment the first chunk's pixels and samples are in memory to its
-first frame as uint8. One stream, batch 1. Quality is measured on held-out people by the judge.
+python bench.py speed --config tiny         # frames a second, time to the first one, training
+python bench.py quality --config small      # the judge's table: truth, teacher, student
+python bench.py trajectory --config small   # what the paper saw in its teacher, in this one
+python bench.py ablate --config tiny        # the distillation with one thing changed at a time
+python bench.py long --config small         # three minutes streamed, the last against the first
+python bench.py attention --config small    # two ways to attend causally over a clip
 """
 
 import copy
 import dataclasses
+import itertools
 import json
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils.benchmark import Timer
 
 import data
 import distill
@@ -32,36 +28,32 @@ import model
 import runtime
 import sample
 import syncnet
-from faces import FPS, RATE, SPLITS, Clip, draw, dub_pair, mouth_mask
+from faces import FPS, RATE, SPLITS, draw, dub_pair
 from model import load_dit
 from runtime import Fail, opt
+from sample import STEPS, dub_student, dub_teacher, tau
 from syncnet import features, frechet, load_syncnet, measures
 
 COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
-WINDOW = 10  # seconds of a long stream that are measured together
+LABELS = "Sync-C", "PSNR (dB)", "landmark (% of side)", "gain", "sharp", "Fréchet distance"
+LABELS = dict(zip(COLUMNS, LABELS))
+CLIPS = dict(quality=64, ablate=64, trajectory=12, long=4)  # people, if --clips is not given
 
 
 @dataclasses.dataclass
 class Options:
     config: str = opt("small", "preset", ("tiny", "small"))
-    weights: str = opt(
-        "", "folder of teacher.pt, student.pt, judge.pt; weights/CONFIG if not given"
-    )
+    weights: str = opt("", "folder of teacher, student, judge; weights/CONFIG if not given")
     out: str = opt("out/bench", "folder of the figures")
     device: str = opt("", "cuda, mps or cpu; the best there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
     seed: int = opt(0, least=0)
     rounds: int = opt(5, "speed, attention: times that each row is measured, taking turns")
     compile: str = opt("off", "speed: the compiled student, too", ("on", "off"))
-    set: str = opt(
-        "dub", "quality: other words, own, or in another voice", ("dub", "self", "cross")
-    )
-    clips: int = opt(64, "quality, ablate: people", least=2)
-    teacher: str = opt("all", "quality: of its rows, guidance 1, 1.5, 2", ("all", "few", "none"))
-    seconds: int = opt(180, "long: of each stream")
-    people: int = opt(4, "long: streams, averaged: what is left are differences of time, not words")
+    clips: int = opt(0, "people; if not given 64, trajectory 12, long 4", least=2)
+    seconds: int = opt(180, "long: of each stream", least=20)
     only: str = opt("", "ablate: rows whose names hold one of these words, with commas between")
-    seeds: int = opt(1, "ablate: trainings of each row")
+    seeds: int = opt(3, "ablate: trainings of each row")
 
 
 def checkpoint(cfg, name):
@@ -69,343 +61,359 @@ def checkpoint(cfg, name):
     student there was distilled beside: where its --teacher lies, or bundled."""
     bundled = Path(__file__).parent / "weights" / cfg.config
     folder = Path(cfg.weights or bundled)
-    places = [folder]
-    if name != "student" and (folder / "student.pt").is_file():
-        options = runtime.load(folder / "student.pt", "dit").get("options", {})
-        places += [Path(options["teacher"]).parent] if options.get("teacher") else []
-    for path in [place / f"{name}.pt" for place in (*places, bundled)]:
-        if path.is_file() and (name != "student" or path.parent == folder):
+    student, places = folder / "student.pt", [folder]
+    if name != "student":
+        options = runtime.load(student, "dit").get("options", {}) if student.is_file() else {}
+        places += [Path(options.get("teacher") or student).parent, bundled]
+    for path in [place / f"{name}.pt" for place in places]:
+        if path.is_file():
             print(f"{name}: {path}", file=sys.stderr, flush=True)
             return path
     raise Fail(f"{folder}: no {name}.pt; --weights names a folder that holds one, out/tiny say")
 
 
-def network(cfg, name, device):
-    return load_dit(checkpoint(cfg, name), device, runtime.fast_dtype(device))
+def networks(cfg, device, *names):
+    """judge, student, teacher: those of these names."""
+    found, dtype = [load_syncnet(checkpoint(cfg, "judge"), device)], runtime.fast_dtype(device)
+    return found + [load_dit(checkpoint(cfg, name), device, dtype) for name in names]
 
 
 def table(first, rows, columns):
     """Print {name: {column: value, column_ci: half an interval}} as Markdown."""
     print(f"\n| {first} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for name, row in rows.items():
-        cells = [f"{row[key]:.{digits}f}" for key, digits in columns.items()]
-        for i, (key, digits) in enumerate(columns.items()):
-            cells[i] += f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
-        print(f"| {name} | {' | '.join(cells)} |")
-    print()
+        print(f"| {name}", end="")
+        for key, digits in columns.items():
+            error = f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
+            print(f" | {row[key]:.{digits}f}{error}", end="")
+        print(" |")
+
+
+def judged(dub, pairs, judge):
+    """Means over people, and the Fréchet distance, with half their 95% intervals."""
+    row, n = {}, len(dub)
+    for key, values in measures(dub, pairs, judge).items():
+        row[key] = values.mean().item()
+        row[key + "_ci"] = 1.96 * values.std().item() / n**0.5
+    sets = [features(judge, x).unflatten(0, (n, -1)).cpu() for x in (dub, pairs.truth)]
+    some = ~torch.eye(n + 1, n, dtype=torch.bool)  # jackknife; in the last row all
+    *without, row["frechet"] = [frechet(*(x[who].flatten(0, 1) for x in sets)) for who in some]
+    row["frechet_ci"] = 1.96 * ((n - 1) * np.var(without)) ** 0.5
+    return row
 
 
 # ------------------------------------------------------------------------------------------ speed
-def seconds_of(work, device):
-    runtime.synchronize(device)
-    begun = time.perf_counter()
-    work()
-    runtime.synchronize(device)
-    return time.perf_counter() - begun
-
-
-def in_turns(ways, rounds, measure):
-    """{name: work} -> {name: [measure(work)] of each round}; a first round only warms up."""
-    found = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, work in ways.items():
-            found[name].append(measure(work))
-    return {name: measured[1:] for name, measured in found.items()}
+def seconds_of(work, rounds):
+    """The mean after a warm-up; the timer waits for the device."""
+    how = dict(globals=dict(work=work), num_threads=torch.get_num_threads())
+    return Timer("work()", **how).timeit(rounds).mean
 
 
 def training(recipe, device):
-    """Seconds of a teacher step, and of a student update with its critic updates, and the rate of
-    the first, by the trainings themselves."""
-    clips = data.Clips(recipe.size, 8, device)
-    watch, found = data.held_out(1, recipe.size, "watch", device), []
+    """Seconds of a teacher step, and of a student's with its critic updates."""
     expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
+    watch, seconds = data.held_out(1, recipe.size, "watch", device), {}
+    world = data.Clips(recipe.size, 8, device), expert, expert, watch
     with tempfile.TemporaryDirectory() as folder:
         recipe = dataclasses.replace(recipe, out=folder, teacher_steps=24, dmd_steps=12)
-        teacher = distill.train_teacher(recipe, clips, expert, expert, watch)
-        distill.train_dmd(recipe, teacher, teacher, clips, expert, expert, watch)
-        rows = [json.loads(line) for line in open(f"{folder}/log.jsonl")]
-    for stage in ("teacher", "student"):
-        steps = [row for row in rows if row["stage"] == stage][3:]
-        pairs = [(a, b) for a, b in zip(steps, steps[1:]) if "psnr" not in b]
-        found.append(statistics.median(b["seconds"] - a["seconds"] for a, b in pairs))
-    N, D, P = model.n_tokens(recipe), recipe.width, 12 * recipe.patch**2
-    block = 12 * D * D + 2 * D * N * recipe.latents
-    step = 6e-9 * recipe.batch * recipe.latents * N * (recipe.depth * block + 3.25 * D * P)
-    return dict(teacher_step_s=found[0], student_update_s=found[1], teacher_gflops=step / found[0])
+        teacher = distill.train_teacher(recipe, *world)
+        distill.train_dmd(recipe, teacher, teacher, *world)
+        for row in map(json.loads, open(f"{folder}/log.jsonl")):
+            seconds.setdefault(row["stage"], []).append(row["seconds"])
+    return {f"{stage}_step_s": np.median(np.diff(spent[3:])) for stage, spent in seconds.items()}
 
 
 def speed(cfg, device):
     """The student's stream against its teacher's windows; random weights, speed is the same."""
-    recipe = distill.Config(**distill.PRESETS[cfg.config] | dict(config=cfg.config))
-    net = model.DiT(model.network_of(recipe)).to(device, runtime.fast_dtype(device)).eval()
-    T = 4 * recipe.latents  # frames that the teacher makes at once
+    recipe, dtype = distill.Config(**distill.PRESETS[cfg.config]), runtime.fast_dtype(device)
+    net, T = model.DiT(model.network_of(recipe)).to(device, dtype).eval(), 4 * recipe.latents
     clip = draw(SPLITS["held-out"], 2 * T, recipe.size)
-    source = clip.video[None, :T].to(device)
+    source = clip.video[None, :T].to(device)  # as many frames as the teacher makes at once
     mel = data.log_mel(clip.audio[: T * RATE // FPS])[None].to(device)
 
     def teacher(guidance):
-        yield sample.dub_teacher(net, source, mel, guidance=guidance, latents=recipe.latents)[0]
+        yield dub_teacher(net, source, mel, guidance=guidance, latents=recipe.latents)[0]
 
-    ways = {
-        "student": lambda: sample.stream(net, clip.video, clip.audio),
-        "teacher_guided": lambda: teacher(recipe.guidance),
-        "teacher": lambda: teacher(1.0),
-    }
-    if model.has_kernel(device):
-        fused = copy.copy(net)
-        fused.fused = True
-        # Eight times as long: until the window is full, a stream's chunks are not in the graph.
+    ways = dict(student=lambda: sample.stream(net, clip.video, clip.audio))
+    ways.update(teacher_guided=lambda: teacher(recipe.guidance), teacher=lambda: teacher(1.0))
+    if cfg.compile == "on":
+        compiled = copy.copy(net)
+        compiled.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+        # Eight times as long: a stream's first chunks, until the window is full, are not compiled.
         video, audio = clip.video.repeat(8, 1, 1, 1), np.tile(clip.audio, 8)
-        ways["student_fused"] = lambda: sample.stream(fused, clip.video, clip.audio)
-        ways["student_graph"] = lambda: sample.stream(fused, video, audio, compile=True)
-    result = {}
-    for name, runs in in_turns(ways, cfg.rounds, lambda work: sample.clock(work(), device)).items():
-        fps, ttff = ([run[i] for run in runs] for i in (0, 1))
-        middle = statistics.median(fps)
-        row = dict(fps=middle, least=min(fps), most=max(fps), ttff_s=statistics.median(ttff))
-        result[name] = dict(row, ms_per_chunk=4000 * recipe.chunk / middle)
+        ways["student_compiled"] = lambda: sample.stream(compiled, video, audio)
+    runs, result = {name: [] for name in ways}, {}
+    for name in [*ways] * (cfg.rounds + 1):  # taking turns
+        runs[name].append(sample.clock(ways[name](), device))
+    for name, found in runs.items():
+        fps, ttff = np.array(found[1:]).T  # the first warmed up
+        row = result[name] = dict(fps=np.median(fps), least=min(fps), most=max(fps))
+        row.update(ttff_s=np.median(ttff), ms_per_chunk=4000 * recipe.chunk / row["fps"])
     table("", result, dict(fps=1, least=1, most=1, ttff_s=4, ms_per_chunk=1))
     n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=runtime.fast_dtype(device))
-    peak = 2e-9 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(12))
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    peak = 2e-9 * n**3 / seconds_of(lambda: a @ b, 12)
     ratio = result["student"]["fps"] / result["teacher_guided"]["fps"]
-    bound = 2 * sample.STEPS / (recipe.student_steps + 1)
-    train = training(recipe, device)
-    print(f"student over guided teacher {ratio:.1f}; by the count of passes {bound:.1f} at most")
-    print(" ".join(f"{key} {value:.3g}" for key, value in dict(train, peak_gflops=peak).items()))
-    return dict(result, ratio=ratio, bound=bound, train=train, peak_gflops=peak)
+    bound = 2 * STEPS / (recipe.student_steps + 1)  # by the count of passes
+    result.update(ratio=ratio, bound=bound, peak_gflops=peak, train=training(recipe, device))
+    return result
 
 
 # ---------------------------------------------------------------------------------------- quality
-def people(kind, n, size, device):
-    """n held-out people: Pairs, and the truth drawn again with only that changed which no sound
-    decides (teeth, smile), (n, T, S, S, 3): nothing that commits itself to one mouth can be closer
-    than this ceiling."""
-    clips, ceiling = [], []
-    for seed in range(SPLITS["held-out"], SPLITS["held-out"] + 2 * n, 2):
-        words = dict(dub=dict(text=seed + 1), self={}, cross=dict(text=seed + 1, voice=seed + 2))
-        how = dict(words[kind], device=device)
-        clips.append((draw(seed, 96, size, device=device), draw(seed, 96, size, **how)))
-        ceiling.append(draw(seed, 96, size, detail=seed + 1_000_000, **how).video)
-    return data.pairs_of(clips, device), torch.stack(ceiling)
-
-
-def by_parts(dub, pairs):
-    """dub(source, mel) of all pairs, 8 at a time, so that they fit into any memory."""
+def by_parts(dub, net, pairs, **how):
+    """dub(net, source, mel) of all pairs, 8 at a time, so that they fit into any memory."""
     parts = zip(pairs.source.split(8), pairs.mel.split(8))
-    return torch.cat([dub(source, mel) for source, mel in parts])
-
-
-def judged(dub, pairs, judge):
-    """The measures' means over people with half their 95% intervals, and the Frechet distance."""
-    row = dict(frechet=frechet(features(judge, dub), features(judge, pairs.truth)))
-    for key, values in measures(dub, pairs, judge).items():
-        row[key] = values.mean().item()
-        row[key + "_ci"] = (1.96 * values.std() / len(values) ** 0.5).item()
-    return row
+    return torch.cat([dub(net, source, mel, **how) for source, mel in parts])
 
 
 def quality(cfg, device):
-    """The judge's table, and a sheet: source, teacher, guided teacher, student, truth."""
-    judge = load_syncnet(checkpoint(cfg, "judge"), device)
-    student = network(cfg, "student", device)
-    pairs, ceiling = people(cfg.set, cfg.clips, student.cfg.size, device)
-    dubs = {"truth": pairs.truth, "truth, other detail": ceiling, "source": pairs.source}
-    settings = [(50, 1.0), (50, 1.5), (50, 2.0)] if cfg.teacher != "none" else []
-    if cfg.teacher == "all":
-        settings += [(50, 3.0), (50, 4.5), (1, 1.0), (2, 1.0), (5, 1.0), (10, 1.0)]
-    teacher = network(cfg, "teacher", device) if settings else None
-    for steps, scale in settings:
-        how = dict(steps=steps, guidance=scale)
-        dub = by_parts(lambda *parts: sample.dub_teacher(teacher, *parts, **how), pairs)
-        dubs[f"teacher, {steps} steps, guidance {scale:g}"] = dub
-        print(f"teacher, {steps} steps, guidance {scale:g}: done", file=sys.stderr, flush=True)
-    dubs["student"] = by_parts(lambda *parts: sample.dub_student(student, *parts), pairs)
-    rows = {name: judged(dub, pairs, judge) for name, dub in dubs.items()}
-    table(cfg.set, rows, COLUMNS)
-    named = dict(truth="truth", student="student")
-    taught = [name for name in rows if name.startswith("teacher, 50")]
-    if taught:
-        named["teacher"] = taught[0]
-        named["teacher_guided"] = max(taught, key=lambda name: rows[name]["sync_c"])
-    shown = ["source", *(named[k] for k in ("teacher", "teacher_guided") if k in named)]
-    sheet(cfg, [dubs[name] for name in (*shown, "student", "truth")])
-    rows_of = {key: rows[name] for key, name in named.items()}
-    more = dict(set=cfg.set, clips=cfg.clips, rows=rows_of, all=rows)
-    return dict(more, ceiling=rows["truth, other detail"])
+    """The judge's table."""
+    judge, student, teacher = networks(cfg, device, "student", "teacher")
+    pairs = data.held_out(cfg.clips, student.cfg.size, "held-out", device)
+    rows, other = dict(truth=judged(pairs.truth, pairs, judge)), []
+    # Only what no sound decides is changed: nothing that commits itself to one mouth can be closer.
+    for i in range(SPLITS["held-out"], SPLITS["held-out"] + 2 * cfg.clips, 2):
+        how = dict(text=i + 1, detail=i + 1_000_000, device=device)
+        other.append(draw(i, 96, student.cfg.size, **how).video)
+    rows["truth, other detail"] = judged(torch.stack(other), pairs, judge)
+    taught = ("teacher", 50, 1.0), ("teacher_guided", 50, 1.5), ("teacher, guidance 2", 50, 2.0)
+    for name, steps, scale in (*taught, ("teacher, 1 step", 1, 1.0), ("teacher, 2 steps", 2, 1.0)):
+        dub = by_parts(dub_teacher, teacher, pairs, steps=steps, guidance=scale)
+        rows[name] = judged(dub, pairs, judge)
+    rows["student"] = judged(by_parts(dub_student, student, pairs), pairs, judge)
+    table("dub", rows, COLUMNS)
+    return dict(rows=rows, all=rows, ceiling=rows["truth, other detail"])
 
 
-def sheet(cfg, dubs):
-    """The lower two thirds of six moments of two people, a row for each of `dubs`."""
-    S, rows = dubs[0].shape[2], []
-    for i in range(2):
-        rows += [torch.cat(list(dub[i, 6::16, S // 3 :]), 1) for dub in dubs]
-    scale = max(1, 256 // S)
-    picture = torch.cat(rows).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    plt.imsave(f"{cfg.out}/quality-{cfg.config}-{cfg.set}.png", picture.cpu().numpy())
+# ------------------------------------------------------------------------------------- trajectory
+LANDINGS = range(5, 50, 5)  # j at which a second step may begin
+MOUTHS = {("guidance 1", j): f"step {j + 1} of 50" for j in (0, 4, 19, 49)}  # to look at
+MOUTHS |= {("student", 1): "student, 1st guess", ("student", 2): "2nd", ("truth", 0): "truth"}
 
 
-# ------------------------------------------------------------------------------------------- long
-def windows(clip):
-    """A long Clip -> [Clip] of WINDOW seconds each."""
-    video, mouth = (x.split(WINDOW * FPS) for x in (clip.video, torch.from_numpy(clip.mouth)))
-    audio = torch.from_numpy(clip.audio).split(WINDOW * RATE)
-    return [Clip(v, a.numpy(), m.numpy()) for v, a, m in zip(video, audio, mouth)]
+@torch.no_grad()
+def looked_at(teacher, student, pairs, s, band, latents=12):
+    """Yields (line, x), frames: the teacher's guesses along 50 steps, and where they end, and two;
+    the student's; the truth. Windows and noise are dub_teacher's."""
+    starts = range(0, pairs.source.shape[1] // 4, latents)
+    conds = [sample.embed_clip(teacher, pairs.source, pairs.mel, i, i + latents) for i in starts]
+    cond = model.Cond(*(torch.cat(windows) for windows in zip(*conds)))
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(cond.known.shape, generator=rng).to(cond.known.device)
+
+    def guess(x_t, j, guidance):
+        with runtime.mixed(x_t.device):
+            return sample.guided(teacher, x_t, tau(j), cond, guidance).float()
+
+    def frames(x0):
+        return sample.to_frames(teacher, torch.cat(x0.chunk(len(starts)), 1), pairs.source)
+
+    fixed, band_only = "50 steps: 1, 1.5, 2, 3, 4.5", f"50 steps: {s:g} in the band, else 1"
+    ways = {(fixed, scale): [scale] * STEPS for scale in (1.0, 1.5, 2.0, 3.0, 4.5)}
+    ways[band_only, s] = [s if j in band else 1.0 for j in range(STEPS)]
+    for way, scales in ways.items():
+        x_t = noise
+        for j, scale in enumerate(scales):
+            x0 = guess(x_t, j, scale)
+            if way in ((fixed, 1.0), (fixed, s)):
+                yield (f"guidance {scale:g}", j), frames(x0)
+            x_t = x_t + (tau(j + 1) - tau(j)) * sample.to_velocity(x_t, x0, tau(j))
+        yield way, frames(x0)
+    for s0 in (1.0, s):
+        first = guess(noise, 0, s0)  # one for all landings
+        for s1, j in itertools.product((1.0, s), LANDINGS):
+            x_t = sample.add_noise(first, noise, tau(j))  # a long Euler step
+            yield (f"{s0:g}, then {s1:g}", j), frames(guess(x_t, j, s1))
+    for i, calls in enumerate((1, student.cfg.student_steps), 1):
+        net = copy.copy(student)
+        net.cfg = dataclasses.replace(student.cfg, student_steps=calls)
+        yield ("student", i), by_parts(dub_student, net, pairs)
+    yield ("truth", 0), pairs.truth
 
 
-def drift(dub, truth):
-    """How far the mean picture of windows (n, T, S, S, 3) is off: the largest mean error of a
-    colour in the mask (n,), in levels of 255."""
-    mask = mouth_mask(dub.shape[2]).to(dub.device)[..., None]
-    off = (dub.float().mean(1) - truth.float().mean(1)) * mask
-    return (off.sum((1, 2)) / mask.sum()).abs().max(1).values
+def worth(sync, distance):
+    """Sync-C less Fréchet distance, each as a share of its range along the curve."""
+    return np.divide(sync, np.ptp(sync) or 1) - np.divide(distance, np.ptp(distance) or 1)
 
 
-def border_jump(video, n):
-    """Frame differences in the mask at the borders of chunks of n frames over those inside."""
-    mask = mouth_mask(video.shape[1]).to(video.device)[..., None]
-    energy = (video.float().diff(dim=0).square() * mask).mean((1, 2, 3))
-    border = torch.arange(1, len(video)) % n == 0
-    return (energy[border].mean() / energy[~border].mean()).item()
+def recommend(plain, guided, two):
+    """The rule, of curves {measure: values} along unguided and guided steps, and of two steps by
+    landing: the run of steps in which the worth of what guidance changes exceeds its mean by most
+    in all; the landing of the highest worth."""
+    gain = worth(*(np.subtract(guided[key], plain[key]) for key in ("sync_c", "frechet")))
+    so_far = np.append(0, (gain - gain.mean()).cumsum())
+    runs = itertools.combinations(range(len(so_far)), 2)
+    first, end = max(runs, key=lambda run: so_far[run[1]] - so_far[run[0]])
+    landing = two["x"][worth(two["sync_c"], two["frechet"]).argmax()]
+    return dict(band_first=first, band_last=end - 1, landing=landing)
 
 
-def long(cfg, device):
-    """Minutes of streaming: is the last one as good as the first? The student started anew in every
-    window says which words are hard; other caches, what holds it up."""
-    if cfg.seconds % WINDOW or cfg.seconds < 2 * WINDOW:
-        raise Fail(f"--seconds {cfg.seconds} must be two or more times {WINDOW}")
-    student, judge = network(cfg, "student", device), load_syncnet(checkpoint(cfg, "judge"), device)
-    kinds = {"truth": {}, "student": {}, "started anew": {}}
-    kinds |= {"no sink": dict(sink=0), "window 3": dict(window=3)}
-    rows = {name: [] for name in kinds}
-    for i in range(cfg.seed, cfg.seed + cfg.people):
-        source, truth = dub_pair(i, cfg.seconds * FPS, student.cfg.size)
-        cut = list(zip(windows(source), windows(truth)))
-        pairs = data.pairs_of(cut, device)
-        for name, fields in kinds.items():
-            net, dub = copy.copy(student), [truth.video]
-            net.cfg = dataclasses.replace(student.cfg, **fields)
-            parts = cut if name == "started anew" else [(source, truth)]
-            if name != "truth":
-                dub = [frames for s, t in parts for frames in sample.stream(net, s.video, t.audio)]
-            dub = torch.cat(dub).view(pairs.truth.shape).to(device)
-            jump = [border_jump(v.flatten(0, 1), 4 * net.cfg.chunk) for v in (dub, pairs.truth)]
-            found = dict(measures(dub, pairs, judge), colour=drift(dub, pairs.truth))
-            found["jump"] = torch.full((len(dub),), jump[0] / jump[1])
-            rows[name].append(torch.stack([values.cpu() for values in found.values()]))
-            print(f"{name}: person {i}", file=sys.stderr, flush=True)
-    minute, ends = 60 // WINDOW if cfg.seconds >= 120 else 1, {}
-    mean = {name: dict(zip(found, torch.stack(row).mean(0))) for name, row in rows.items()}
-    for name, row in mean.items():
-        ends[f"{name}, first"] = {key: x[:minute].mean().item() for key, x in row.items()}
-        ends[f"{name}, last"] = {key: x[-minute:].mean().item() for key, x in row.items()}
-    table("minute", ends, dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, colour=1, jump=2))
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3), layout="constrained")
-    for axis, key in zip(axes, ("sync_c", "psnr", "sharp", "colour")):
-        for name, row in mean.items():
-            axis.plot([WINDOW * (j + 0.5) for j in range(len(row[key]))], row[key], label=name)
-        axis.set(title=key, xlabel="seconds")
-    axes[0].legend()
-    figure.savefig(f"{cfg.out}/long-{cfg.config}.png", dpi=60)
-    rows = {name: {key: x.tolist() for key, x in row.items()} for name, row in mean.items()}
-    return dict(first=ends["student, first"], last=ends["student, last"], rows=rows)
+def panels(path, caption, lines, axes, *marks):
+    """Save a figure of `lines`, {name: {measure: values}}: a panel for each (x, y) of `axes`, y a
+    measure with its standard error, x another one or what to call the x of the lines."""
+    down = -(-len(axes) // 3)
+    figure, grid = plt.subplots(down, 3, figsize=(13, 3.2 * down + 0.9), layout="constrained")
+    for panel, (x, y) in zip(grid.flat, axes):
+        panel.set(xlabel=LABELS.get(x, x), ylabel=LABELS[y])
+        for span in marks:
+            panel.axvspan(*span, color="0.9")
+        for name, line in lines.items():
+            along, mean = line[x if x in LABELS else "x"], np.array(line[y])
+            error = np.array(line[y + "_ci"]) / 1.96
+            color = panel.plot(along, mean, ".-", label=name)[0].get_color()
+            panel.vlines(along, mean - error, mean + error, color, alpha=0.25, lw=3)
+        panel.legend(fontsize="small")
+    figure.suptitle(caption, fontsize="medium")
+    figure.savefig(path, dpi=80)
+
+
+def figures(path, rows, s, people):
+    """The paper's figures as curves -> what this teacher recommends."""
+    along = {name: rows[name] for name in ("guidance 1", f"guidance {s:g}")}
+    two = {name: line for name, line in rows.items() if "then" in name}
+    operating = two[f"1, then {s:g}"]
+    first, last, landing = (advice := recommend(*along.values(), operating)).values()
+    rule = "Sync-C less Fréchet distance, each as a share of its range"
+    axes = [("step j (0 noise, 50 clean)", key) for key in COLUMNS]
+    caption = f"What guidance {s:g} buys and costs: the guess of x0 at each of 50 steps. {people}\n"
+    caption += f"Grey, j = {first} to {last}, the band recommended: the steps where {rule},\n"
+    caption += "guided minus unguided, exceeds its mean by most in all."
+    panels(f"{path}-guidance.png", caption, along, axes, (first, last))
+    axes = [("j at which the second step begins", key) for key in ("sync_c", "frechet", "psnr")]
+    caption = f"Two Euler steps from noise: guided where, landing where? {people}\nGrey line, j ="
+    caption += f" {landing}, the landing recommended: most {rule}, if guided in the second alone."
+    panels(f"{path}-two-steps.png", caption, two, axes, (landing, landing))
+    axes = [(key, "sync_c") for key in ("frechet", "landmark", "sharp")]
+    lines = {name: rows[name] for name in rows if name.startswith(("50", "student", "truth"))}
+    lines[f"2 steps: 1, then {s:g}; any landing"] = operating
+    panels(f"{path}-ends.png", f"Fixed guidance against schedules. {people}", lines, axes)
+    return advice
+
+
+def trajectory(cfg, device):
+    """What the paper saw in its teacher (its figures 2, 3, 4, 7 to 9), and what it recommends."""
+    judge, student, teacher = networks(cfg, device, "student", "teacher")
+    recipe, rows, mouths = distill.Config(**distill.PRESETS[cfg.config]), {}, {}
+    s, band = recipe.guidance, range(recipe.band_first, recipe.band_last + 1)
+    pairs = data.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
+    moments = pairs.mouth[:3, :, 0].argmax(1)
+    for (line, x), frames in looked_at(teacher, student, pairs, s, band):
+        row = dict(judged(frames, pairs, judge), x=x)
+        print(f"{line}, {x:g}: Sync-C {row['sync_c']:.3f}", file=sys.stderr, flush=True)
+        for key, value in row.items():
+            rows.setdefault(line, {}).setdefault(key, []).append(value)
+        if (line, x) in MOUTHS:
+            three = data.mouth(frames)[range(len(moments)), moments].flatten(0, 1).cpu()
+            mouths[f"{MOUTHS[line, x]}\nsharp {row['sharp']:.2f}"] = three
+    path = f"{cfg.out}/trajectory-{cfg.config}"
+    people = f"{cfg.clips} held-out people, noise seed 0: mean and standard error."
+    advice = figures(path, rows, s, people)
+    figure, axes = plt.subplots(1, len(mouths), figsize=(14, 4.6), layout="constrained")
+    for axis, title in zip(axes, mouths):
+        axis.imshow(mouths[title])
+        axis.set(xticks=[], yticks=[], title=title)
+    figure.supxlabel(f"Three people at the moment when the truth opens widest. Sharp: {people}")
+    figure.savefig(f"{path}-mouths.png", dpi=90)
+    print("Recommended:", *(f"--{key} {j}" for key, j in advice.items()))
+    return dict(recommended=advice, rows=rows)
 
 
 # ----------------------------------------------------------------------------------------- ablate
-VARIANTS = {
-    "as it is": {},
-    "never guided": dict(sync_window="off"),
-    "window reversed": dict(sync_window="reversed"),
-    "guided everywhere": dict(sync_window="all"),
-    "no reward": dict(beta=0.0),
-    "beta 2 (paper)": dict(beta=2.0),
-    "no view": dict(view=0.0, dmd_view=0.0),
-    "1 critic update": dict(critic_updates=1),
-    "landing 20": dict(landing=20),
-    "landing 30 (paper)": dict(landing=30),
-    "dmd shift 5 (paper)": dict(dmd_shift=5.0),
-    "1 step": dict(student_steps=1),
-    "4 steps": dict(student_steps=4),
-}
+VARIANTS = {  # and the paper's Sync-C and FVD
+    "init alone": dict(stage="init"), "as it is (paper: 6.88, 119)": {},
+    "never guided (paper: 6.14, 121)": dict(sync_window="off"),
+    "guided everywhere (paper: 7.13, 138)": dict(sync_window="all"),
+    "window reversed (paper: 6.98, 127)": dict(sync_window="reversed"),
+    "no reward (paper: 6.81, 120)": dict(beta=0.0), "beta 2 (paper's)": dict(beta=2.0),
+    "no view": dict(view=0.0, dmd_view=0.0), "1 critic update": dict(critic_updates=1),
+    "landing 20": dict(landing=20), "landing 30 (paper's)": dict(landing=30),
+    "1 step": dict(student_steps=1), "4 steps": dict(student_steps=4),
+}  # fmt: skip
 
 
 def ablate(cfg, device):
-    """Init and dmd again with one thing changed at a time, then the judge. A row that is there, in
-    its folder, is not trained again."""
+    """The distillation with one thing changed at a time, each from its seed's init and with the
+    same budget, then the judge. What is there, in its folder, is not trained again."""
     wanted = [name for name in VARIANTS if any(w.strip() in name for w in cfg.only.split(","))]
     if not wanted:
         raise Fail(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
-    teacher, judge = checkpoint(cfg, "teacher"), load_syncnet(checkpoint(cfg, "judge"), device)
-    pairs, _ = people("dub", cfg.clips, load_dit(teacher).cfg.size, device)
-    rows = []
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        for name in wanted:
-            out = f"{cfg.out}/ablate-{cfg.config}/{name.replace(' ', '-')}-{seed}"
-            how = dict(config=cfg.config, teacher=teacher, seed=seed, out=out, device=device)
-            distill.main([f"--{key}={value}" for key, value in (how | VARIANTS[name]).items()])
-            for stage in ("init", "student"):
-                net = load_dit(f"{out}/{stage}.pt", device, runtime.fast_dtype(device))
-                dub = by_parts(lambda *parts: sample.dub_student(net, *parts), pairs)
-                label = f"{name}, init alone" if stage == "init" else name
-                rows.append(dict(name=label, seed=seed, **judged(dub, pairs, judge)))
-    shown = {}
-    for name in dict.fromkeys(row["name"] for row in rows):
-        same = [row for row in rows if row["name"] == name]
-        shown[name] = {key: statistics.mean(row[key] for row in same) for key in COLUMNS}
-        for key in COLUMNS if cfg.seeds > 1 else ():
-            shown[name][key + "_ci"] = statistics.stdev(row[key] for row in same)
-    table(f"{cfg.seeds} seeds, mean ± spread", shown, COLUMNS)
-    return dict(clips=cfg.clips, rows=rows)
+    teacher, (judge,) = checkpoint(cfg, "teacher"), networks(cfg, device)
+    pairs, rows = data.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device), []
+    for seed, name in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), wanted):
+        out = f"{cfg.out}/ablate-{cfg.config}/{name.split(' (')[0].replace(' ', '-')}-{seed}"
+        how = dict(config=cfg.config, teacher=teacher, seed=seed, out=out, device=device)
+        distill.main([f"--{key}={value}" for key, value in (how | VARIANTS[name]).items()])
+        made = f"{out}/{VARIANTS[name].get('stage', 'student')}.pt"
+        net = load_dit(made, device, runtime.fast_dtype(device))
+        row = judged(by_parts(dub_student, net, pairs), pairs, judge)
+        rows.append(dict(row, name=name, seed=seed))
+    shown = {name: {} for name in wanted}
+    for name, key in itertools.product(wanted, COLUMNS):
+        values = [row[key] for row in rows if row["name"] == name]
+        shown[name][key], shown[name][key + "_ci"] = np.mean(values), np.ptp(values) / 2
+    table(f"mean ± half the range of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
+    return dict(rows=rows)
+
+
+# ------------------------------------------------------------------------------------------- long
+def long(cfg, device):
+    """Is a stream's last minute as good as its first? In clips of ten seconds."""
+    judge, student = networks(cfg, device, "student")
+    tens, found, rows = cfg.seconds // 10, [], {}
+    minute = min(6, tens // 2)
+    for i in range(cfg.clips):
+        source, truth = dub_pair(i, 10 * tens * FPS, student.cfg.size)
+        dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
+        mel, shape = data.log_mel(truth.audio), torch.from_numpy(truth.mouth)
+        clips = [x.unflatten(0, (tens, -1)) for x in (source.video, truth.video, mel, shape, dub)]
+        found.append([(x[:minute], x[-minute:]) for x in clips])
+    for end, name in enumerate(("first", "last")):
+        *pairs, dub = (torch.cat([x[end] for x in many]).to(device) for many in zip(*found))
+        pairs = data.Pairs(*pairs)
+        rows[f"truth, {name}"] = judged(pairs.truth, pairs, judge)
+        rows[f"student, {name}"] = judged(dub, pairs, judge)
+    table("minute", rows, COLUMNS)
+    return dict(first=rows["student, first"], last=rows["student, last"], rows=rows)
 
 
 # -------------------------------------------------------------------------------------- attention
+@torch.no_grad()
 def attention(cfg, device):
     """The causal clip, forward, batch 4, rotation included: a dense call a chunk (what the student
-    does; only it gives each key its place in the stream's window), one call with a mask, and
-    flex_attention. Milliseconds, median of the rounds."""
-    c = distill.Config(**distill.PRESETS[cfg.config])
+    does; only it gives each key its place in the stream's window), and one call with a mask."""
+    c, rows = distill.Config(**distill.PRESETS[cfg.config]), {}
     rope, N = model.rope_table(c).to(device), model.n_tokens(c)
-    flex, rows = torch.compile(flex_attention), {}
     for latents in (12, 48, 192):
-        shape = 3, 4, c.heads, latents * N, c.width // c.heads
+        shape, turn = (3, 4, c.heads, latents * N, c.width // c.heads), rope[:latents]
         q, k, v = torch.randn(shape, device=device, dtype=runtime.fast_dtype(device))
-        see = torch.zeros(latents, latents, dtype=torch.bool, device=device)
+        mask = torch.zeros(latents, latents, dtype=torch.bool, device=device)
         for chunk in range(latents // c.chunk):
-            see[chunk * c.chunk : (chunk + 1) * c.chunk, model.visible(chunk, c)] = True
-        mask = see.repeat_interleave(N, 0).repeat_interleave(N, 1)
-        n = latents * N
-        blocks = create_block_mask(lambda b, h, i, j: see[i // N, j // N], None, None, n, n, device)
-
-        def turned():
-            return model.rotate(q, rope[:latents]), model.rotate(k, rope[:latents]), v
-
+            mask[chunk * c.chunk : (chunk + 1) * c.chunk, model.visible(chunk, c)] = True
+        mask = mask.repeat_interleave(N, 0).repeat_interleave(N, 1)
         ways = {
             "a call a chunk": lambda: model.attend_chunks(q, k, v, rope, c),
-            "mask": lambda: F.scaled_dot_product_attention(*turned(), attn_mask=mask),
-            "flex_attention": lambda: flex(*turned(), block_mask=blocks),
+            "mask": lambda: sdpa(model.rotate(q, turn), model.rotate(k, turn), v, attn_mask=mask),
         }
-        with torch.no_grad():
-            spent = in_turns(ways, cfg.rounds, lambda work: 1000 * seconds_of(work, device))
-        rows[f"{latents} latent frames"] = {n: statistics.median(t) for n, t in spent.items()}
+        spent = {name: 1000 * seconds_of(way, cfg.rounds) for name, way in ways.items()}
+        rows[f"{latents} latent frames"] = spent
     table("ms", rows, dict.fromkeys(ways, 2))
     return dict(rows=rows)
 
 
 def main(argv):
-    benches = dict(speed=speed, quality=quality, long=long, ablate=ablate, attention=attention)
+    benches = {f.__name__: f for f in (speed, quality, trajectory, ablate, long, attention)}
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-    elif argv[0] not in benches:
+        return print(__doc__)
+    if argv[0] not in benches:
         raise Fail(f"{argv[0]}: no such bench; one of {', '.join(benches)}")
-    else:
-        cfg = runtime.options(Options, argv[1:], __doc__)
-        runtime.free_space(cfg.out)
-        runtime.keep_memory()
-        torch.manual_seed(cfg.seed)
-        device = runtime.find_device(cfg.device, cfg.precision)
-        about = dict(bench=argv[0], config=cfg.config, device=str(device), seed=cfg.seed)
-        about.update(threads=torch.get_num_threads(), torch=torch.__version__)
-        print(json.dumps(about | benches[argv[0]](cfg, device)))
+    cfg = runtime.options(Options, argv[1:], __doc__)
+    cfg.clips = cfg.clips or CLIPS.get(argv[0], 0)
+    runtime.free_space(cfg.out)
+    runtime.keep_memory()
+    torch.manual_seed(cfg.seed)
+    device = runtime.find_device(cfg.device, cfg.precision)
+    about = dict(vars(cfg), bench=argv[0], device=str(device), threads=torch.get_num_threads())
+    print(json.dumps(about | benches[argv[0]](cfg, device)))
 
 
 if __name__ == "__main__":
