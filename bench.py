@@ -5,7 +5,7 @@ python bench.py quality --config small      # the judge's table: truth, teacher,
 python bench.py trajectory --config small   # what the paper saw in its teacher, in this one
 python bench.py ablate --config tiny        # the distillation with one thing changed at a time
 python bench.py long --config small         # three minutes streamed, the last against the first
-python bench.py attention --config small    # two ways to attend causally over a clip
+python bench.py attention --config small    # the stream's: dense, and by kernels.py
 """
 
 import copy
@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.benchmark import Timer
 
 import data
@@ -42,14 +42,13 @@ CLIPS = dict(quality=64, ablate=64, trajectory=12, long=4)  # people, if --clips
 
 @dataclasses.dataclass
 class Options:
-    config: str = opt("small", "preset", ("tiny", "small"))
+    config: str = opt("small", "preset; 1.3B: speed and attention alone", ("tiny", "small", "1.3B"))
     weights: str = opt("", "folder of teacher, student, judge; weights/CONFIG if not given")
     out: str = opt("out/bench", "folder of the figures")
     device: str = opt("", "cuda, mps or cpu; the best there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
     seed: int = opt(0, least=0)
     rounds: int = opt(5, "speed, attention: times that each row is measured, taking turns")
-    compile: str = opt("off", "speed: the compiled student, too", ("on", "off"))
     clips: int = opt(0, "people; if not given 64, trajectory 12, long 4", least=2)
     seconds: int = opt(180, "long: of each stream", least=20)
     only: str = opt("", "ablate: rows whose names hold one of these words, with commas between")
@@ -103,6 +102,12 @@ def judged(dub, pairs, judge):
 
 
 # ------------------------------------------------------------------------------------------ speed
+def recipe_of(config):
+    """1.3B: the paper's network at its 512 pixels; 384 tokens a latent frame (paper: 1,024)."""
+    large = dict(size=512, patch=16, width=1536, depth=30, heads=12)
+    return distill.Config(**dict(distill.PRESETS, **{"1.3B": large})[config])
+
+
 def seconds_of(work, rounds):
     """The mean after a warm-up; the timer waits for the device."""
     how = dict(globals=dict(work=work), num_threads=torch.get_num_threads())
@@ -125,7 +130,7 @@ def training(recipe, device):
 
 def speed(cfg, device):
     """The student's stream against its teacher's windows; random weights, speed is the same."""
-    recipe, dtype = distill.Config(**distill.PRESETS[cfg.config]), runtime.fast_dtype(device)
+    recipe, dtype = recipe_of(cfg.config), runtime.fast_dtype(device)
     net, T = model.DiT(model.network_of(recipe)).to(device, dtype).eval(), 4 * recipe.latents
     clip = draw(SPLITS["held-out"], 2 * T, recipe.size)
     source = clip.video[None, :T].to(device)  # as many frames as the teacher makes at once
@@ -136,12 +141,13 @@ def speed(cfg, device):
 
     ways = dict(student=lambda: sample.stream(net, clip.video, clip.audio))
     ways.update(teacher_guided=lambda: teacher(recipe.guidance), teacher=lambda: teacher(1.0))
-    if cfg.compile == "on":
-        compiled = copy.copy(net)
-        compiled.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
-        # Eight times as long: a stream's first chunks, until the window is full, are not compiled.
+    if model.has_kernel(device):
+        fused = copy.copy(net)
+        fused.fused = True
+        # Eight times as long: until the window is full, a stream's chunks are not in the graph.
         video, audio = clip.video.repeat(8, 1, 1, 1), np.tile(clip.audio, 8)
-        ways["student_compiled"] = lambda: sample.stream(compiled, video, audio)
+        ways["student_fused"] = lambda: sample.stream(fused, clip.video, clip.audio)
+        ways["student_graph"] = lambda: sample.stream(fused, video, audio, compile=True)
     runs, result = {name: [] for name in ways}, {}
     for name in [*ways] * (cfg.rounds + 1):  # taking turns
         runs[name].append(sample.clock(ways[name](), device))
@@ -155,8 +161,8 @@ def speed(cfg, device):
     peak = 2e-9 * n**3 / seconds_of(lambda: a @ b, 12)
     ratio = result["student"]["fps"] / result["teacher_guided"]["fps"]
     bound = 2 * STEPS / (recipe.student_steps + 1)  # by the count of passes
-    result.update(ratio=ratio, bound=bound, peak_gflops=peak, train=training(recipe, device))
-    return result
+    result.update(ratio=ratio, bound=bound, peak_gflops=peak)
+    return result if cfg.config == "1.3B" else dict(result, train=training(recipe, device))
 
 
 # ---------------------------------------------------------------------------------------- quality
@@ -379,24 +385,33 @@ def long(cfg, device):
 # -------------------------------------------------------------------------------------- attention
 @torch.no_grad()
 def attention(cfg, device):
-    """The causal clip, forward, batch 4, rotation included: a dense call a chunk (what the student
-    does; only it gives each key its place in the stream's window), and one call with a mask."""
-    c, rows = distill.Config(**distill.PRESETS[cfg.config]), {}
-    rope, N = model.rope_table(c).to(device), model.n_tokens(c)
-    for latents in (12, 48, 192):
-        shape, turn = (3, 4, c.heads, latents * N, c.width // c.heads), rope[:latents]
-        q, k, v = torch.randn(shape, device=device, dtype=runtime.fast_dtype(device))
-        mask = torch.zeros(latents, latents, dtype=torch.bool, device=device)
-        for chunk in range(latents // c.chunk):
-            mask[chunk * c.chunk : (chunk + 1) * c.chunk, model.visible(chunk, c)] = True
-        mask = mask.repeat_interleave(N, 0).repeat_interleave(N, 1)
-        ways = {
-            "a call a chunk": lambda: model.attend_chunks(q, k, v, rope, c),
-            "mask": lambda: sdpa(model.rotate(q, turn), model.rotate(k, turn), v, attn_mask=mask),
-        }
-        spent = {name: 1000 * seconds_of(way, cfg.rounds) for name, way in ways.items()}
-        rows[f"{latents} latent frames"] = spent
-    table("ms", rows, dict.fromkeys(ways, 2))
+    """One block's attention in one pass of the stream, the window full, QK-norm and RoPE included:
+    dense (gather, turn, attend), flex_attention with a mask of the window, and kernels.py."""
+    recipe, dtype = recipe_of(cfg.config), runtime.fast_dtype(device)
+    c = dataclasses.replace(model.network_of(recipe), depth=1)
+    net, N = model.DiT(c).to(device, dtype), model.n_tokens(c)
+    cache, block = model.Cache(net, 1), net.blocks[0]
+    cache.frames = list(range(c.sink + c.window - c.chunk))
+    held, places = len(cache.frames), c.sink + c.window
+    qkv = torch.randn(1, c.chunk * N, 3, c.heads, c.width // c.heads, device=device, dtype=dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    how = dict(rope=net.rope, cfg=c, causal=False, cache=cache, layer=0, store=False)
+    how.update(q_scale=block.q_scale, k_scale=block.k_scale)
+
+    def flexible():
+        cache.store(model.qk_norm(k, block.k_scale), v, 0)
+        turned = model.rotate(model.qk_norm(q, block.q_scale), net.rope[held:places])
+        kept = cache.kv[0].flatten(3, 4)
+        return flex(turned, model.rotate(kept[0], net.rope[:places]), kept[1], block_mask=seen)
+
+    ways = dict(dense=lambda: model.attention(q, k, v, fused=False, **how))
+    if model.has_kernel(device):
+        flex, n = torch.compile(flex_attention), places * N
+        seen = create_block_mask(lambda b, h, i, j: j < n, None, None, c.chunk * N, n, device)
+        ways["flex_attention"] = flexible
+        ways["kernels.py"] = lambda: model.attention(q, k, v, fused=True, **how)
+    spent = {name: 1000 * seconds_of(way, 20 * cfg.rounds) for name, way in ways.items()}
+    table("ms", rows := {cfg.config: spent}, dict.fromkeys(ways, 3))
     return dict(rows=rows)
 
 
