@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -264,59 +265,132 @@ def same_world(other):
 
 
 # ------------------------------------------------------------------------------------- real files
+# With all tracks in use, time 0 of each is the file's (else MPEG-TS starts each at its own).
+ALL_TRACKS = "-map 0:v? -map 0:a? -c copy -f null -".split()
+# Sound at its time, and silence where there is none; less than a frame off is jitter.
+ON_TIME = "aresample=async=1:first_pts=0:min_hard_comp=0.04"
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"  # else colours are 3 levels off
+
+
+@functools.cache
+def warn(line):
+    print(line, file=sys.stderr)  # once, however often the file is opened
+
+
+def ffmpeg(*words):
+    return [imageio_ffmpeg.get_ffmpeg_exe(), *"-v error -hide_banner -nostdin".split(), *words]
+
+
 def reason(complaint):
-    """What ffmpeg's complaint says is wrong: there is no such stream, or its last line."""
-    if re.search("matches no streams|not contain any stream", complaint):
-        return "it has none"
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
-    return lines[-1] if lines else "ffmpeg gave no reason"
+    """What ffmpeg complains of first, without the part of it that does."""
+    first = re.sub(rb"^(\[.*?\] )+", b"", complaint).decode(errors="replace").strip()
+    return first.splitlines()[0] if first else "it is empty"
+
+
+@contextlib.contextmanager
+def running(failure, command, **pipes):
+    """ffmpeg at work, gone at the end. Fail, with its reason: EOFError or BrokenPipeError."""
+    with tempfile.TemporaryFile() as complaint:
+        process = subprocess.Popen(command, stderr=complaint, start_new_session=True, **pipes)
+        try:
+            yield process
+        except (EOFError, BrokenPipeError):
+            process.communicate()
+            complaint.seek(0)
+            raise Fail(f"{failure} ({reason(complaint.read())})") from None
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def track(path, kind):
+    """The picture or the sound (kind) of a file: what tells ffmpeg to read it, and its words on it.
+    Of several the default one. Fail: none. Warns of what is not as it seems."""
+    need_file(path)
+    source = ["-i", f"file:{path}"]  # else a:b.mp4 is an address
+    command = ffmpeg("-v", "info", *source, *ALL_TRACKS)
+    said = subprocess.run(command, capture_output=True).stderr
+    text, word = said.decode(errors="replace"), "Video" if kind == "picture" else "Audio"
+    tracks = re.findall(rf"(?m)^ +Stream #(0:\d+).*?: {word}: (.*)", text.partition("Output #0")[0])
+    tracks = [found for found in tracks if "attached pic" not in found[1]]
+    if not tracks:
+        why = "it has none" if "Input #0" in text else reason(said)
+        raise Fail(f"{path}: no {kind} could be read ({why})")
+    place, about = next((found for found in tracks if "(default)" in found[1]), tracks[0])
+    if len(tracks) > 1:
+        warn(f"{path}: {len(tracks)} tracks of {kind}; {place} is taken ({about})")
+    times = re.findall(r"(?:Duration: |time=)(\d+):(\d+):([\d.]+)", text)
+    times = [3600 * int(h) + 60 * int(m) + float(s) for h, m, s in times] or [0]
+    if times[-1] < times[0] - 0.5 and "Estimating duration" not in text:
+        warn(f"{path}: broken off: {times[-1]:.1f} s of {times[0]:.1f} s could be read")
+    return [*source, "-map", place], about
 
 
 class Sound:
-    """The sound of any file that ffmpeg reads, mono float32 at 16 kHz: `len(sound)`, `sound[a:b]`.
-    Kept in a temporary file: an hour costs no memory. Fail: no sound in it, none of it, NaN."""
+    """The sound of any file that ffmpeg reads, mono float32 at 16 kHz, on the file's clock:
+    `len(sound)`, `sound[a:b]`. Kept in a temporary file: an hour costs no memory. Fail: none, NaN.
+    """
 
     def __init__(self, path):
-        need_file(path)
-        self.file = tempfile.TemporaryFile()
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(path)]
-        command += ["-map", "0:a:0", "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
-        done = subprocess.run(command, stdout=self.file, stderr=subprocess.PIPE)
-        if done.returncode:
-            why = reason(done.stderr.decode(errors="replace"))
-            raise Fail(f"{path}: no sound could be read ({why}); give a file with sound, X.wav say")
-        self.samples = self.file.seek(0, os.SEEK_END) // 4
-        if not self.samples:
-            raise Fail(f"{path}: its sound is empty (0 samples)")
-        for start in range(0, self.samples, 1 << 20):
-            if not np.isfinite(self[start : start + (1 << 20)]).all():
+        words, about = track(path, "sound")
+        self.words, layout = [*words, "-af", ON_TIME], about.partition("Hz, ")[2].split(",")[0]
+        channels = sum(map(int, re.findall(r"\d+", layout)))  # 5.1, or 10 channels
+        if channels <= 8 and "channels" not in layout:
+            channels = 2 if layout == "stereo" else 1
+        how = f"-ar {RATE} -ac {channels} -f f32le -".split() + ALL_TRACKS
+        with tempfile.TemporaryFile() as file:
+            done = subprocess.run(ffmpeg(*self.words, *how), stdout=file, stderr=subprocess.PIPE)
+            if done.returncode or not file.seek(0, os.SEEK_END):
+                raise Fail(f"{path}: no sound could be read ({reason(done.stderr)})")
+            self.samples = np.memmap(file, np.float32, "r").reshape(-1, channels)
+        self.channel, together, each = slice(None), 0, 0
+        for start in range(0, len(self), 1 << 20):
+            part = self.samples[start : start + (1 << 20)]
+            if not np.isfinite(part).all():
                 raise Fail(f"{path}: some samples are NaN or infinite; export it again as 16-bit")
+            together += np.square(part.mean(1)).sum(dtype=float)
+            each += np.square(part).sum(0, dtype=float)
+        if together < 0.3 * each.max():  # they cancel, or one is silent: the louder one
+            self.channel = [each.argmax()]
+        if channels > 2:  # AAC has no place for them
+            mix = "+".join(f"c{i}" for i in np.arange(channels)[self.channel])
+            self.words[-1] = f"pan=mono|c0<{mix},{ON_TIME}"
 
     def __len__(self):
-        return self.samples
+        return len(self.samples)
 
     def __getitem__(self, where):
-        start, stop, _ = where.indices(self.samples)
-        self.file.seek(4 * start)
-        return np.frombuffer(bytearray(self.file.read(4 * max(0, stop - start))), np.float32)
+        return np.asarray(self.samples[where, self.channel].mean(1))
 
 
 def read_video(path):
     """Yield frames (H, W, 3) uint8 at 25 a second; ffmpeg drops or repeats some by their time
-    stamps, so that other rates (29.97) do not drift. Holds one frame. Fail: not a video."""
-    need_file(path)
-    reader, raw = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", f"fps={FPS}"]), None
-    try:
-        width, height = next(reader)["size"]
-        for raw in reader:
-            yield torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(height, width, 3)
-        if raw is None:
-            raise RuntimeError("no frames")
-    except (OSError, StopIteration, RuntimeError, KeyError) as e:
-        what = f"no picture could be read ({reason(str(e))})"
-        raise Fail(f"{path}: {what}; give a video, mp4 for instance") from None
-    finally:
-        reader.close()
+    stamps, so that other rates (29.97) do not drift. Holds one frame. Fail: not a video.
+
+    Pixels become square, HDR SDR. Colours without a tag are bt709 from 720 rows on, else bt601:
+    what players take them for."""
+    words, about = track(path, "picture")
+    if re.search("(top|bottom)( coded)? first", about):
+        warn(f"{path}: interlaced, and the combs stay; deinterlace it first (ffmpeg -vf yadif)")
+    look = f"scale=w='max(iw,trunc(iw*sar/2)*2)':h='max(ih,trunc(ih/sar/2)*2)':{EXACT}"
+    rows = re.search(r", \d+x(\d+)", about)
+    if re.search("smpte2084|arib-std-b67", about):
+        warn(f"{path}: HDR, made SDR: what is brighter than white paper is cut off")
+        look = f"zscale=primaries=bt709:transfer=bt709:npl=203,format=gbrp,{look}"
+    elif rows and int(rows[1]) >= 720 and not re.search(r"[( ](bt|smpte|fcc)\w*[/,)]", about):
+        look += ":in_color_matrix=bt709"
+    how = ["-vf", f"fps={FPS}:start_time=0,{look}", *"-pix_fmt rgb24 -c:v ppm".split()]
+    command = ffmpeg(*words, *how, *"-f image2pipe -".split(), *ALL_TRACKS)
+    failure, frame = f"{path}: no picture could be read", None
+    with running(failure, command, stdout=subprocess.PIPE) as reader:
+        while reader.stdout.readline():  # P6; a line with the size; 255; the pixels
+            width, height = map(int, reader.stdout.readline().split())
+            reader.stdout.readline()
+            frame = torch.empty(height, width, 3, dtype=torch.uint8)
+            if reader.stdout.readinto(frame.numpy()) == frame.numel():
+                yield frame
+        if frame is None:
+            raise EOFError
 
 
 def centred(height, width):
@@ -353,35 +427,33 @@ def parse_box(text, frame):
 @contextlib.contextmanager
 def write_video(path, size, audio=None):
     """`with write_video(path, (width, height), audio) as put: put(frame)`: H.264 at 25 fps and AAC.
-    frames (H, W, 3) uint8; audio: samples at 16 kHz, or a file whose sound is taken as it is.
+    frames (H, W, 3) uint8; audio: samples at 16 kHz, or a Sound, taken as its file has it.
 
     Written beside `path` and renamed when whole. An odd side gets one more row or column, black:
     players want H.264 to have even ones."""
 
     path = Path(path)
-    if path.suffix.lower() not in (".mp4", ".mov", ".mkv"):
-        raise Fail(f"{path}: write to a name that ends in .mp4")
+    if path.suffix.lower() not in (".mp4", ".mov", ".mkv") or path.is_dir():
+        raise Fail(f"{path}: write to a file whose name ends in .mp4")
     free_space(path.parent)
-    how = dict(fps=FPS, codec="libx264", quality=8, macro_block_size=1, ffmpeg_log_level="error")
-    how["output_params"] = ["-movflags", "+faststart", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        if audio is not None:
-            how.update(audio_path=str(audio), audio_codec="aac")
         if isinstance(audio, np.ndarray):
-            how["audio_path"] = f"{folder}/sound.wav"
-            soundfile.write(how["audio_path"], audio, RATE)
-        partial = Path(folder) / path.name
-        writer = imageio_ffmpeg.write_frames(str(partial), size, **how)
-        writer.send(None)
-        try:
-            yield lambda frame: writer.send(np.ascontiguousarray(frame))
-            writer.close()
+            soundfile.write(f"{folder}/sound.wav", audio, RATE)
+            audio = Sound(f"{folder}/sound.wav")
+        partial, words = Path(folder) / path.name, audio.words if audio else []
+        raw = "-f rawvideo -pix_fmt rgb24 -s {}x{} -r {} -i -".format(*size, FPS).split()
+        tags = "range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+        look = f"pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv:{EXACT}"
+        how = ["-vf", f"{look},format=yuv420p,setparams={tags}", "-map", "1:v" if words else "0:v"]
+        how += [*words[2:], *"-c:v libx264 -crf 10 -c:a aac -movflags +faststart".split()]
+        how += [f"file:{partial}", *(ALL_TRACKS if words else [])]
+        command = ffmpeg(*words[:2], *raw, *how)
+        with running(f"{path}: ffmpeg stopped writing", command, stdin=subprocess.PIPE) as writer:
+            yield lambda frame: writer.stdin.write(np.ascontiguousarray(frame))
+            writer.communicate()
+            if writer.returncode:
+                raise EOFError
             next(read_video(partial))  # Fail if ffmpeg could not finish it, for want of room say
-        except OSError as e:
-            why = str(e).splitlines()[0]
-            raise Fail(f"{path}: ffmpeg stopped writing ({why}); see above") from None
-        finally:
-            writer.close()
         os.replace(partial, path)
 
 

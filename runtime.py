@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,8 +55,17 @@ def options(cls, argv, usage, presets={}):
     return cls(**{**presets.get(given.get("config", cls.config if presets else ""), {}), **given})
 
 
+def stop(number, frame):
+    """End as Ctrl-C does: nothing half-written is left, and no child."""
+    signal.signal(number, signal.SIG_IGN)  # clearing up takes a moment
+    sys.exit(128 + number)
+
+
 def run(main):
     """Run a script's main: a Fail is one line on stderr and exit code 2."""
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, stop)
     try:
         main(sys.argv[1:])
     except (Fail, torch.OutOfMemoryError) as e:
@@ -345,9 +355,8 @@ class Progress:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
             except (KeyError, RuntimeError, ValueError):
-                raise Fail(
-                    f"{self.path}: of a network of another shape; --fresh, or delete it"
-                ) from None
+                what = "of a network of another shape; --fresh, or delete it"
+                raise Fail(f"{self.path}: {what}") from None
             rng.set_state(state["rng"])
             if ranks()[0]:  # the state is the first process's: draw others
                 rng.manual_seed(rng.initial_seed() + self.first)

@@ -22,7 +22,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import imageio_ffmpeg
 import matplotlib.image
 import numpy as np
 import torch
@@ -38,6 +37,7 @@ from syncnet import find_weights
 
 SHIFT = 5.0  # of the time grid (paper: 5)
 STEPS = 50  # of the teacher's grid (paper: 50)
+TMPDIR = "set TMPDIR to a folder on a larger disk"
 LEAN = 0.2, 0.3  # how far a token's first frame leans to the one before: in a chunk, at its start
 
 
@@ -321,28 +321,26 @@ def clock(frames_of, device):
 
 # --------------------------------------------------------------------------- dubbing real footage
 def play(path, total):
-    """Yield `total` frames of a video, back and forth if it is shorter: then they are kept in a
-    file on disk, not in memory."""
-    frames = data.read_video(path)
-    first = next(frames)
-    have = imageio_ffmpeg.count_frames_and_secs(str(path))[1] * FPS
-    short, n = have < total - 1, 0
-    if short:
-        need, folder = int(have + 2) * first.numel(), tempfile.gettempdir()
-        runtime.free_space(folder, need, "set TMPDIR to a folder on a larger disk")
-    with tempfile.TemporaryFile() as spool:
-        for frame in itertools.islice(itertools.chain([first], frames), total):
-            if short:
-                spool.write(frame.numpy().tobytes())
-            yield frame
-            n += 1
-        for k in range(n, total):
-            if short:
+    """Yield `total` frames of a video, back and forth if it is shorter: then it is read again, into
+    a file on disk, not into memory."""
+    for n, frame in enumerate(itertools.islice(data.read_video(path), total), 1):
+        yield frame
+    if n == total - 1:  # rounding
+        yield frame
+    if n >= total - 1:
+        return
+    runtime.free_space(tempfile.gettempdir(), n * frame.numel(), TMPDIR)
+    try:
+        with tempfile.TemporaryFile() as spool:
+            for frame in data.read_video(path):
+                spool.write(frame.numpy())
+            for k in range(n, total):
                 k %= max(1, 2 * n - 2)
                 spool.seek((k if k < n else 2 * n - 2 - k) * frame.numel())
                 raw = bytearray(spool.read(frame.numel()))
-                frame = torch.frombuffer(raw, dtype=torch.uint8).view(frame.shape)
-            yield frame  # if not short, rounding of the rate: the last one again
+                yield torch.frombuffer(raw, dtype=torch.uint8).view(frame.shape)
+    except OSError as e:
+        raise Fail(f"{tempfile.gettempdir()}: {e.strerror}; {TMPDIR}") from None
 
 
 def paste_box(frame, dub, box, mask):
@@ -374,7 +372,7 @@ def dub_file(net, cfg):
 
     size, begun, to_pipe = (first.shape[1], first.shape[0]), time.time(), cfg.out == "-"
     pipe = contextlib.nullcontext(sys.stdout.buffer.write)
-    with pipe if to_pipe else data.write_video(cfg.out, size, cfg.audio) as put:
+    with pipe if to_pipe else data.write_video(cfg.out, size, audio) as put:
         for frames in stream(net, squares(), audio, cfg.seed, cfg.compile == "on"):
             for dub in frames:
                 put(paste_box(waiting.pop(0), dub, box, mask).numpy())

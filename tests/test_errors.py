@@ -28,6 +28,7 @@ def files(tmp_path_factory, student_file, expert_file):
     soundfile.write(d / "empty.wav", np.zeros(0), data.RATE)
     soundfile.write(d / "nan.wav", np.full(16000, np.nan), data.RATE, subtype="FLOAT")
     (d / "broken.mp4").write_bytes((d / "good.mp4").read_bytes()[:900])
+    (d / "dir.mp4").mkdir()
     (d / "text.pt").write_text("not a checkpoint")
     torch.save(dict(model={}), d / "other.pt")
     student = torch.load(student_file, weights_only=True)
@@ -47,6 +48,7 @@ sample --video good.mp4 --audio empty.wav --out out --weights student: empty
 sample --video good.mp4 --audio nan.wav --out out --weights student: NaN
 sample --video good.mp4 --out good.mp4 --weights student: choose another name
 sample --video good.mp4 --out empty.wav --weights student: ends in .mp4
+sample --video good.mp4 --out dir.mp4 --weights student: write to a file
 sample --video good.mp4 --out out --weights student --box 10,10,40: not inside the picture
 sample --video good.mp4 --out out --weights missing: no such file
 sample --video good.mp4 --out out --weights folder: name a file in it

@@ -1,0 +1,233 @@
+"""Files as cameras, phones and editors make them, each made here by ffmpeg: read at their time, in
+their colours and shape, and written so that players show the same."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+import data
+import runtime
+import sample
+
+PICTURE = "-f rawvideo -pix_fmt rgb24 -r 25 -i -"
+CLICKS = "aevalsrc=0.8*lt(mod(t\\,1)\\,0.01):s=48000:d=3"
+COLOURS = np.array(
+    [[200, 40, 40], [40, 180, 60], [50, 60, 200], [220, 180, 150], [16] * 3, [240] * 3]
+)
+
+
+def ffmpeg(*words, picture=None):
+    """Each word is split at its blanks; picture: frames (n, H, W, 3) for PICTURE."""
+    size = ["-s", "{1}x{0}".format(*picture.shape[1:3])] if picture is not None else []
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", *size, *" ".join(map(str, words)).split()]
+    given = None if picture is None else picture.astype(np.uint8).tobytes()
+    done = subprocess.run(command, input=given, capture_output=True)
+    return done.stdout, done.stderr.decode(), done.returncode
+
+
+def card(height, width):
+    return np.repeat(COLOURS, width // 6, 0)[None, None].repeat(3, 0).repeat(height, 1)
+
+
+def worst(frame):
+    """How far the colours are from the card's."""
+    frame = np.asarray(frame).astype(int)
+    width = frame.shape[1]
+    return abs(frame[len(frame) // 2, width // 12 :: width // 6] - COLOURS).max()
+
+
+def clicks(sound):
+    """The seconds at which they begin."""
+    loud = np.flatnonzero(np.abs(sound[:]) > 0.2) / data.RATE
+    return loud[np.diff(loud, prepend=-1) > 0.1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """3 s, frame i of brightness 20 + 3 i; a click every second."""
+    path = tmp_path_factory.mktemp("base") / "base.mkv"
+    ramp = np.broadcast_to(20 + 3 * np.arange(75)[:, None, None, None], (75, 32, 32, 3))
+    ffmpeg(PICTURE, "-f lavfi -i", CLICKS, "-c:v libx264 -crf 4 -c:a flac", path, picture=ramp)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize(
+    "cut", ["[0:a]atrim=0.5", "[0:a]aselect=not(between(t\\,0.5\\,1.5))", "[0:v]trim=0.6"]
+)
+def test_sound_and_picture_keep_the_time_of_the_file(base, kind, cut, tmp_path):
+    """Also if one begins late or has a hole; and when the sound is written again."""
+    path, tracks = (
+        tmp_path / f"a.{kind}",
+        "-map [x] -map 0:a" if "0:v" in cut else "-map 0:v -map [x]",
+    )
+    ffmpeg("-i", base, "-filter_complex", f"{cut}[x]", tracks, "-c:v libx264 -crf 4 -c:a aac", path)
+    sound, expected = data.Sound(path), [0, 1, 2] if "0:v" in cut else [1, 2]
+    expected = [0, 2] if "aselect" in cut else expected
+    assert clicks(sound) == pytest.approx(expected, abs=0.03)
+    seen = [round((frame.float().mean().item() - 20) / 3) for frame in data.read_video(path)]
+    first = 15 if "0:v" in cut else 0
+    off = [abs(max(first, i) - seen[i]) for i in range(75)]
+    assert max(off) <= (kind == "ts") and len(seen) <= 77  # its time 0 is that of AAC's lead-in
+    with data.write_video(tmp_path / "again.mp4", (32, 32), sound) as put:
+        list(map(put, np.zeros((75, 32, 32, 3), np.uint8)))
+    assert clicks(data.Sound(tmp_path / "again.mp4")) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "height, matrix, tagged",
+    [
+        (720, "bt709", 1),
+        (720, "bt709", 0),
+        (720, "smpte170m", 1),
+        (144, "smpte170m", 0),
+        (144, "bt709", 1),
+    ],
+)
+@pytest.mark.parametrize(
+    "pixels, span", [("yuv420p", "tv"), ("yuvj420p", "pc"), ("yuv420p10le", "tv")]
+)
+def test_colours_of_any_coding(height, matrix, tagged, pixels, span, tmp_path):
+    look = f"scale=out_color_matrix={matrix}:out_range={span}:flags=accurate_rnd,format={pixels}"
+    look += f",setparams=colorspace={matrix if tagged else 'unknown'}"
+    ffmpeg(
+        PICTURE, "-vf", look, "-c:v libx264 -crf 4", tmp_path / "a.mp4", picture=card(height, 192)
+    )
+    frame = next(data.read_video(tmp_path / "a.mp4"))
+    with data.write_video(tmp_path / "b.mp4", (192, height)) as put:
+        list(map(put, [frame] * 3))
+    assert worst(frame) <= 3 and worst(next(data.read_video(tmp_path / "b.mp4"))) <= 3
+
+
+@pytest.mark.parametrize("height", [144, 720])
+def test_written_colours_are_bt709_and_say_so(height, tmp_path):
+    with data.write_video(tmp_path / "a.mp4", (192, height)) as put:
+        list(map(put, card(height, 192).astype(np.uint8)))
+    look = "-vf scale=in_color_matrix=bt709:in_range=tv:flags=accurate_rnd -frames:v 1"
+    raw, said, _ = ffmpeg("-i", tmp_path / "a.mp4", look, "-pix_fmt rgb24 -f rawvideo -")
+    assert worst(np.frombuffer(raw, np.uint8).reshape(height, 192, 3)) <= 3
+    assert "yuv420p(tv, bt709, progressive)" in said
+    ffmpeg(PICTURE, "-c:v libx264rgb -crf 0", tmp_path / "rgb.mkv", picture=card(height, 192))
+    assert worst(next(data.read_video(tmp_path / "rgb.mkv"))) <= 1
+
+
+@pytest.mark.parametrize("curve", ["smpte2084", "arib-std-b67"])
+def test_hdr_becomes_sdr_and_is_said(curve, tmp_path, capsys):
+    """White at 203 nits is white."""
+    look = "format=gbrpf32le,zscale=pin=bt709:tin=bt709:min=gbr:rin=full:p=bt2020:npl=203:"
+    look += f"t={curve}:m=bt2020nc:r=limited,format=yuv420p10le"
+    how = "-c:v libx265 -crf 4 -x265-params log-level=none"
+    ffmpeg(PICTURE, "-vf", look, how, tmp_path / "a.mp4", picture=card(144, 192))
+    assert worst(next(data.read_video(tmp_path / "a.mp4"))) <= 4
+    assert "HDR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape, expected", [("2/1", (64, 128)), ("1/2", (128, 64))])
+def test_pixels_become_square_and_combs_are_said(shape, expected, tmp_path, capsys):
+    how = f"-vf setsar={shape},setfield=tff -flags +ildct+ilme -c:v libx264"
+    ffmpeg(PICTURE, how, tmp_path / "a.mp4", picture=np.zeros((3, 64, 64, 3)))
+    assert next(data.read_video(tmp_path / "a.mp4")).shape[:2] == expected
+    assert "interlaced" in capsys.readouterr().err
+
+
+def test_a_file_is_a_file_whatever_it_is_called(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with data.write_video("12:30 call.mp4", (32, 32), data.Sound(base)) as put:
+        list(map(put, data.read_video(base)))
+    assert len(list(data.read_video("12:30 call.mp4"))) == 75
+    assert clicks(data.Sound("12:30 call.mp4")) == pytest.approx([0, 1, 2], abs=0.005)
+    assert len(data.Clips(32, 9, torch.device("cpu"), folder=".", latents=6).video) == 3
+
+
+def test_of_several_tracks_the_default_one(tmp_path, capsys):
+    path = tmp_path / "a.mkv"
+    pictures = "-f lavfi -i color=red:s=64x64:d=3 -f lavfi -i color=lime:s=32x32:d=1"
+    sounds = "-f lavfi -i aevalsrc=0.1:d=3 -f lavfi -i aevalsrc=0.5:d=1"
+    default = "-disposition:0 0 -disposition:1 default -disposition:2 0 -disposition:3 default"
+    ffmpeg(pictures, sounds, "-map 0 -map 1 -map 2 -map 3 -c:v libx264 -c:a flac", default, path)
+    frames, sound = list(sample.play(path, 40)), data.Sound(path)
+    assert len(list(data.read_video(path))) == 25 and len(sound) == data.RATE
+    assert len(frames) == 40 and all(frame.shape == (32, 32, 3) for frame in frames)
+    assert frames[39][16, 16].tolist() == pytest.approx([0, 255, 0], abs=4)
+    assert sound[8000:9000].mean() == pytest.approx(0.5, abs=0.01)
+    said = capsys.readouterr().err
+    assert "2 tracks of picture; 0:1 is taken" in said and "2 tracks of sound; 0:3" in said
+
+
+@pytest.mark.parametrize(
+    "pan, level",
+    [
+        ("1c|c0=c0", 0.4),
+        ("stereo|c0=c0|c1=c0", 0.4),
+        ("stereo|c0=c0|c1=-0.9*c0", 0.4),
+        ("5.1|FC=c0", 0.4),
+        ("16c|c5=c0", 0.4),
+        ("10c|c5=c0", 0.4),
+    ],
+)
+def test_any_channels_keep_their_level(pan, level, tmp_path):
+    """Also in antiphase, and all by itself on one of many."""
+    sine = "-f lavfi -i aevalsrc=0.4*sin(2000*t):s=48000:d=1 -af"
+    ffmpeg(sine, f"pan={pan}", tmp_path / "a.wav")
+    sound = data.Sound(tmp_path / "a.wav")
+    assert np.abs(sound[2000:-2000]).max() == pytest.approx(level, rel=0.03)
+    with data.write_video(tmp_path / "b.mp4", (32, 32), sound) as put:
+        list(map(put, np.zeros((25, 32, 32, 3), np.uint8)))
+    again = data.Sound(tmp_path / "b.mp4")[2000:-2000]
+    assert np.abs(again[:12000]).max() == pytest.approx(level, rel=0.1)
+
+
+def test_a_file_that_breaks_off_is_said_with_both_lengths(tmp_path, capsys):
+    path = tmp_path / "a.mp4"
+    how = "-c:v libx264 -c:a aac -movflags +faststart"
+    ffmpeg("-f lavfi -i testsrc2=s=128x96:r=25:d=9 -f lavfi -i sine=d=9", how, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    n, sound = len(list(data.read_video(path))), data.Sound(path)
+    (said,) = capsys.readouterr().err.splitlines()
+    read = float(said.split("broken off: ")[1].split()[0])
+    assert 2 < read < 4 and said.endswith(" of 9.0 s could be read")
+    assert read == pytest.approx(max(n / 25, len(sound) / data.RATE), abs=0.1)
+
+
+def test_the_reason_comes_first(base, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(20))
+    with pytest.raises(runtime.Fail, match=r"no sound could be read \(moov atom not found\)$"):
+        data.Sound(tmp_path / "a.mp4")
+    if os.geteuid():
+        (tmp_path / "a.mp4").chmod(0)
+        with pytest.raises(runtime.Fail, match="Permission denied"):
+            data.Sound(tmp_path / "a.mp4")
+
+
+def test_a_full_temporary_folder_is_not_blamed_on_the_writer(base, tmp_path):
+    """Full: a file may have 50 kB and no more."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(runtime.Fail, match="File too large; set TMPDIR"):
+            with data.write_video(tmp_path / "a.mp4", (32, 32)) as put:
+                list(map(put, sample.play(base, 99)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(number, base, student_file, tmp_path):
+    ffmpeg("-f lavfi -i anullsrc=d=600", tmp_path / "long.wav")
+    words = f"--video {base} --audio {tmp_path}/long.wav --out {tmp_path}/x.mp4 --weights"
+    process = subprocess.Popen([sys.executable, sample.__file__, *words.split(), student_file])
+    while process.poll() is None and not list(tmp_path.glob(".writing-*/x.mp4")):
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
+    assert [path.name for path in tmp_path.iterdir()] == ["long.wav"]
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert not [line for line in running.splitlines() if "ffmpeg" in line and str(tmp_path) in line]
