@@ -12,6 +12,7 @@ saves to out/CONFIG/. What is there already is used, and said so; --fresh makes 
 import copy
 import dataclasses
 import functools
+import os
 import time
 
 import numpy as np
@@ -63,7 +64,7 @@ class Config(nn_model.Config):
     dmd_steps: int = opt(60, "student updates (paper: 600)")
     dmd_batch: int = opt(8)
     student_lr: float = opt(2e-5, "(paper: 2e-6)")
-    critic_lr: float = opt(4e-5, "(paper: 2e-6)")
+    critic_lr: float = opt(1e-4, "(paper: 2e-6)")
     critic_updates: int = opt(5, "to one of the student (paper: 5)")
     dmd_shift: float = opt(1.5, "as t_shift: the lower, the sharper (paper: 5)")
     dmd_view: float = opt(0.3, "weight of the expert's view: keeps the mouth's shape (paper: 0)")
@@ -81,7 +82,8 @@ PRESETS = {
     ),
     "small": dict(
         size=128, depth=6, clips=300, sync_steps=1200, teacher_steps=7400, t_shift=3.5,
-        weight_clip=4.0, init_steps=60, dmd_steps=24,
+        weight_clip=4.0, init_steps=60, dmd_steps=24, dmd_view=0.1, student_lr=4e-5,
+        critic_lr=1.5e-4, guidance=1.5, sync_window="all",
     ),
 }  # fmt: skip
 
@@ -114,6 +116,34 @@ def noise_for(net, B, cfg, rng):
 
 def look_at(student, watch, judge):
     return means(dub_student(student, watch.source, watch.mel), watch, judge)
+
+
+def minutes(cfg, device):
+    """Roughly what the job takes here: one clip drawn and one pass are timed, and passes counted, a
+    backward one as two."""
+    net, T = DiT(network_of(cfg)).to(device, runtime.fast_dtype(device)), 4 * cfg.latents
+
+    def seconds(work):
+        work()  # warms up
+        runtime.synchronize(device)
+        begun = time.time()
+        work()
+        runtime.synchronize(device)
+        return time.time() - begun
+
+    def one_pass():
+        x = torch.zeros(4, T, cfg.size, cfg.size * 3 // 4, 3, device=device)
+        cond = net.embed(x, x, data.hearing(torch.zeros(4, 4 * T, data.MELS, device=device)))
+        return net(cond.known, 0.5, cond)
+
+    found = cfg.teacher, f"{cfg.out}/teacher.pt", f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
+    steps = cfg.init_steps
+    if cfg.fresh or not any(map(os.path.isfile, found)):
+        steps += cfg.teacher_steps
+    passes = 3.5 * cfg.batch * steps
+    passes += 6 * (cfg.critic_updates + 1) * cfg.dmd_batch * cfg.dmd_steps
+    clip = seconds(lambda: data.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device))
+    return (clip * cfg.clips + seconds(torch.no_grad()(one_pass)) / 4 * passes) / 60
 
 
 def seen_differently(reward, x0, batch, cfg):
@@ -376,7 +406,8 @@ def main(argv):
     device = set_up(cfg)
     dtype = runtime.fast_dtype(device)
     where = f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
-    print(f"{where}; results in {cfg.out}/", flush=True)
+    about = f"about {max(1, minutes(cfg, device)):.0f} minutes in all"
+    print(f"{where}; results in {cfg.out}/; {about}", flush=True)
     keep = dict(world=data.world(), options=dataclasses.asdict(cfg))
     watch = data.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
 
