@@ -137,8 +137,8 @@ class Clip(NamedTuple):
 
 
 def person(seed):
-    """A seeded identity: colours (RGB in 0..1), shapes (in halves of the picture before ZOOM), a way
-    of speaking. New draws belong at the end: then everybody stays who he was."""
+    """A seeded identity: colours (RGB), shapes (in halves of the picture before ZOOM), a way of
+    speaking. New draws belong at the end: then everybody stays who he was."""
     rng = np.random.default_rng([seed, 3])
     u = rng.uniform
     tone = u()
