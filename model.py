@@ -361,7 +361,7 @@ def network_of(cfg):
 def save_dit(path, net, stage, **more):
     if runtime.ranks()[0] == 0:
         fields = dict(stage=stage, model_config=dataclasses.asdict(net.cfg), **more)
-        runtime.save(path, kind="dit", model=runtime.half(net), **fields)
+        runtime.save(path, net, kind="dit", **fields)
 
 
 def load_dit(path, device="cpu", dtype=torch.float32, like=None):

@@ -152,12 +152,6 @@ def join_others(device=""):
             sys.stdout = open(os.devnull, "w")  # only the first one speaks
 
 
-def wait():
-    """Until all processes are here."""
-    if ranks()[1] > 1:
-        dist.barrier()
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan 2024): torch.optim.Muon's updates, but all matrices of a
     shape in one batched product, and not in bf16 where that is slow."""
@@ -249,9 +243,11 @@ def free_space(folder, need=64 << 20, instead="choose another --out"):
         raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}")
 
 
-def save(path, **state):
-    """torch.save beside `path`, then rename: never half a checkpoint."""
+def save(path, net=None, **state):
+    """torch.save beside `path`, then rename: never half a checkpoint. Weights of `net` in bf16."""
     free_space(Path(path).parent)
+    if net:
+        state["model"] = {name: value.bfloat16() for name, value in net.state_dict().items()}
     partial = Path(f"{path}.writing")
     try:
         torch.save(state, partial)
@@ -276,11 +272,6 @@ def load(path, kind):
     return state
 
 
-def half(net):
-    """A network's weights as checkpoints keep them: in bf16."""
-    return {name: value.bfloat16() for name, value in net.state_dict().items()}
-
-
 def restore(path, build, weights):
     """build() with these weights -> a network. Fail: they are of another version of this code."""
     try:
@@ -298,18 +289,20 @@ def result(name, cfg, same_world, train):
     it was made from, is not used."""
     here, begun = Path(cfg.out, f"{name}.pt"), time.time()
     resume, places = here.with_suffix(".resume.pt"), [here]
-    if name in ("judge", "syncnet"):
-        places += [Path(cfg.teacher).with_name(here.name)] if cfg.teacher else []
-    if name in ("judge", "syncnet", "teacher") and (name == "judge" or not cfg.folder):
+    expert, given = name in ("judge", "syncnet"), name == "teacher" and cfg.teacher
+    if expert and cfg.teacher:
+        places.append(Path(cfg.teacher).with_name(here.name))
+    # The bundled ones have only seen drawn people; the judge of a --folder has, too.
+    if name == "judge" or (expert or name == "teacher") and not cfg.folder:
         places.append(Path(__file__).parent / "weights" / cfg.config / here.name)
     if cfg.fresh:
         resume.unlink(missing_ok=True)
     if cfg.fresh or resume.is_file():
         places = []
-    given = name == "teacher" and cfg.teacher
-    wait()
+    if ranks()[1] > 1:
+        dist.barrier()
     for path in [Path(cfg.teacher)] if given else filter(Path.is_file, places):
-        state = load(path, "syncnet" if name in ("judge", "syncnet") else "dit")
+        state = load(path, "syncnet" if expert else "dit")
         before = path.with_name({"init": "teacher.pt", "student": "init.pt"}.get(name, "-"))
         if before.is_file() and before.stat().st_mtime > path.stat().st_mtime:
             print(f"{name}: {path} is older than {before}: made anew")
@@ -317,13 +310,14 @@ def result(name, cfg, same_world, train):
             print(f"{name}: {path} is of other drawn people or another log_mel: made anew")
         else:
             was = state.get("options", {}) if path == here else {}
-            other = [f"--{k} {v}" for k, v in was.items() if getattr(cfg, k, v) != v]
-            other = [words for words in other if words.split()[0][2:] not in WHERE]
-            made = f", made with {' '.join(other)}" if other else ""
+            other = {k: v for k, v in was.items() if k not in WHERE and getattr(cfg, k, v) != v}
+            made = "".join(f" --{k} {v}" for k, v in other.items())
+            made = ", made with" + made if other else ""
             print(f"{name}: {path}{made} (--fresh makes everything anew)", flush=True)
             return path
     train(here)
-    wait()
+    if ranks()[1] > 1:
+        dist.barrier()
     resume.unlink(missing_ok=True)
     print(f"{name}: {here}, {time.time() - begun:.0f} s", flush=True)
     return here

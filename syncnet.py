@@ -66,16 +66,12 @@ class SyncNet(nn.Module):
             how = dict(mode="bilinear", antialias=True, align_corners=False)
             x = F.interpolate(x.float(), size=self.rectangle, **how)
         seen = self.frame(x.contiguous(memory_format=torch.channels_last)).view(B, T, -1)
-        return seen, unit(self.span(seen.mT)), 0.1 * self.mouth(seen).float()
+        v = F.normalize(self.span(seen.mT).float().mT, dim=-1)
+        return seen, v, 0.1 * self.mouth(seen).float()
 
     def listen(self, mel):
         """mel (B, 4 T, MELS) -> an embedding for every five frames (B, T - 4, embed)."""
-        return unit(self.sound_out(self.sound(mel.mT)))
-
-
-def unit(x):
-    """(B, E, n) -> (B, n, E) of unit length, float32."""
-    return F.normalize(x.float().mT, dim=-1)
+        return F.normalize(self.sound_out(self.sound(mel.mT)).float().mT, dim=-1)
 
 
 def view_loss(net, guess, truth):
@@ -238,7 +234,7 @@ def train(path, cfg, clips, steps, seed, held_out, **more):
             words += f"wrong sound {wrong.mean():.3f} | {time.time() - start:.0f} s"
             print(words, flush=True)
     fields = dict(config=dataclasses.asdict(cfg), seed=seed, steps=steps, **more)
-    runtime.save(path, kind="syncnet", model=runtime.half(net), **fields)
+    runtime.save(path, net, kind="syncnet", **fields)
 
 
 def load_syncnet(path, device="cpu"):
