@@ -243,7 +243,7 @@ def free_space(folder, need=64 << 20, instead="choose another --out"):
         raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}")
 
 
-def save(path, net=None, **state):
+def save(path, net=None, /, **state):  # a state may hold another `net`
     """torch.save beside `path`, then rename: never half a checkpoint. Weights of `net` in bf16."""
     free_space(Path(path).parent)
     if net:
