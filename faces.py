@@ -129,8 +129,6 @@ def speak(voice_seed, text_seed, seconds):
 
 
 class Clip(NamedTuple):
-    """A talking head: T frames of S x S pixels and their sound."""
-
     video: torch.Tensor  # (T, S, S, 3) uint8, on the device that drew it
     audio: np.ndarray  # (T * 640,) float32 in [-1, 1], at 16 kHz
     mouth: np.ndarray  # (T, 2) float32: drawn opening and width as fractions of the picture's side

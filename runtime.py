@@ -143,8 +143,7 @@ def ranks():
 def join_others(device=""):
     """Meet the processes that torchrun started, each with a GPU unless `device` is cpu."""
     if "LOCAL_RANK" in os.environ:
-        gpu = torch.cuda.is_available() and device != "cpu"
-        if gpu:
+        if gpu := torch.cuda.is_available() and device != "cpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         hours = datetime.timedelta(hours=2)  # the others wait while the first trains the experts
         dist.init_process_group("nccl" if gpu else "gloo", timeout=hours)
@@ -219,8 +218,7 @@ def update(net, rates):
 
 @torch.no_grad()
 def ema(average, net, step, horizon):
-    """average follows net, over the last `horizon` steps; over fewer at the beginning, when the
-    weights are still far off."""
+    """average follows net over the last `horizon` steps; at the beginning over fewer."""
     share = min(1, max(1 / horizon, 9 / (10 + step)))
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
 
@@ -284,9 +282,8 @@ def restore(path, build, weights):
 
 
 def result(name, cfg, same_world, train):
-    """The path of a stage's checkpoint: one that is there, which is said (made here before; beside
-    --teacher; bundled), or what train(path) makes. One of another drawn world, or older than what
-    it was made from, is not used."""
+    """The path of a stage's checkpoint: one that is there (made here before; beside --teacher;
+    bundled), unless of another drawn world or older than what it was made from; or train's."""
     here, begun = Path(cfg.out, f"{name}.pt"), time.time()
     resume, places = here.with_suffix(".resume.pt"), [here]
     expert, given = name in ("judge", "syncnet"), name == "teacher" and cfg.teacher
@@ -331,17 +328,16 @@ class Progress:
     def __init__(self, folder, stage, steps, rng, **parts):
         self.stage, self.steps, self.rng, self.parts = stage, steps, rng, parts
         self.log, self.path = Path(folder, "log.jsonl"), Path(folder, f"{stage}.resume.pt")
-        self.first, self.start = 0, time.time()
-        self.saved = self.start
+        self.first, self.start, self.saved = 0, time.time(), time.time()
         if self.path.is_file():
             state = load(self.path, "resume")
-            self.first = state["step"]
             try:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
             except (KeyError, RuntimeError, ValueError):
                 what = "of a network of another shape; --fresh, or delete it"
                 raise Fail(f"{self.path}: {what}") from None
+            self.first = state["step"]
             rng.set_state(state["rng"])
             if ranks()[0]:  # the state is the first process's: draw others
                 rng.manual_seed(rng.initial_seed() + self.first)
@@ -373,8 +369,8 @@ class Progress:
         if step % (10 * stride) == 0 or step == self.steps:
             values |= look()
         spent = time.time() - self.start
-        row = dict(stage=self.stage, step=step, seconds=spent, **values)
         with open(self.log, "a") as f:
+            row = dict(stage=self.stage, step=step, seconds=spent, **values)
             f.write(json.dumps(row) + "\n")
         left = spent / (step - self.first) * (self.steps - step)
         words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
