@@ -4,10 +4,8 @@ layers in float32, whole jobs in what the CPU multiplies fastest (PRECISION=floa
 import os
 import sys
 
-if not any("test_device" in word for word in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # before torch is imported; only test_device.py is for GPUs
-    )
+if not any("test_device" in word for word in sys.argv):  # the only one for GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
 
 import pytest
 import torch
