@@ -342,16 +342,13 @@ class Progress:
             if ranks()[0]:  # the state is the first process's: draw others
                 rng.manual_seed(rng.initial_seed() + self.first)
             print(f"{stage}: going on after step {self.first} ({self.path})", flush=True)
-        if ranks()[0] == 0:  # without what an earlier run said of the steps to come
-            rows = [r for r in self.rows() if r["stage"] != stage or r["step"] <= self.first]
-            self.log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        # Without what an earlier run said of the steps to come.
+        self.rows = [r for r in rows if r["stage"] != stage or r["step"] <= self.first]
 
     def __iter__(self):
         return iter(range(self.first + 1, self.steps + 1))
-
-    def rows(self):
-        lines = self.log.read_text().splitlines() if self.log.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def __call__(self, step, look, **values):
         """Tell `values` (tensors, which only here are waited for) forty times a stage, and look()
@@ -369,9 +366,8 @@ class Progress:
         if step % (10 * stride) == 0 or step == self.steps:
             values |= look()
         spent = time.time() - self.start
-        with open(self.log, "a") as f:
-            row = dict(stage=self.stage, step=step, seconds=spent, **values)
-            f.write(json.dumps(row) + "\n")
+        self.rows.append(dict(stage=self.stage, step=step, seconds=spent, **values))
+        self.log.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         left = spent / (step - self.first) * (self.steps - step)
         words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
         words += f" | {spent:.0f} s, {left:.0f} left"
@@ -391,7 +387,7 @@ class Progress:
         keys = ["loss", "norm", "critic_loss", "sharp", "sync_c", "reward_c", "psnr", "landmark"]
         for axis, key in zip(axes.flat, keys):
             axis.set(title=key, xlabel="share of the stage")
-            rows = [row for row in self.rows() if key in row]
+            rows = [row for row in self.rows if key in row]
             for stage in dict.fromkeys(row["stage"] for row in rows):
                 steps, values = zip(*((r["step"], r[key]) for r in rows if r["stage"] == stage))
                 axis.plot([step / steps[-1] for step in steps], values, ".-", label=stage)
