@@ -3,9 +3,9 @@
     python syncnet.py --video CLIP.mp4                  # Sync-C, Sync-D and offset of a clip
     python syncnet.py --video CLIP.mp4 --audio X.wav    # with other sound; --box where the face is
 
-Two towers (after SyncNet, Chung and Zisserman 2016): 5 frames of the mouth rectangle, and the 20
-mel frames that go with them, each to a unit vector. Trained by InfoNCE over the moments of a clip,
-where only the timing tells right from wrong. distill.py trains two, on different people: `syncnet`
+Two towers (after SyncNet, Chung and Zisserman 2016) make unit vectors of 5 frames of the mouth
+rectangle and of the 20 mel frames that go with them, trained by InfoNCE over the moments of a clip,
+where only timing tells right from wrong. distill.py trains two, on different people: `syncnet`
 gives the reward, `judge` only judges. Of recorded faces their score says nothing.
 """
 
@@ -63,8 +63,7 @@ class SyncNet(nn.Module):
         B, T = rectangle.shape[:2]
         x = rectangle.flatten(0, 1).permute(0, 3, 1, 2)
         if x.shape[2:] != self.rectangle:
-            how = dict(mode="bilinear", antialias=True, align_corners=False)
-            x = F.interpolate(x.float(), size=self.rectangle, **how)
+            x = F.interpolate(x.float(), self.rectangle, mode="bilinear", antialias=True)
         seen = self.frame(x.contiguous(memory_format=torch.channels_last)).view(B, T, -1)
         v = F.normalize(self.span(seen.mT).float().mT, dim=-1)
         return seen, v, 0.1 * self.mouth(seen).float()
@@ -76,10 +75,9 @@ class SyncNet(nn.Module):
 
 def view_loss(net, guess, truth):
     """How differently the expert sees two rectangles (B, T, S/2, 3S/4, 3) in [-1, 1] -> a number:
-    frame by frame (a perceptual loss, as LPIPS, but by eyes that know mouths), and, a fifth each,
-    in the embedding of five frames and in the mouth, of which 3% of the side count as 1. It has a
-    gradient, and the reward has none, since it pulls towards one known picture, where a reward
-    would pull towards whatever pixels please the expert."""
+    frame by frame (as LPIPS, but by eyes that know mouths) and, a fifth each, in the embedding of
+    five frames and in the mouth, of which 3% of the side count as 1. It has a gradient, as the
+    reward has not: it pulls towards one known picture, not to whatever pleases the expert."""
     with torch.no_grad():
         true_seen, true_v, true_shape = net.watch(truth)
     seen, v, shape = net.watch(guess)
@@ -102,9 +100,8 @@ def sync(v, a):
     """Embeddings (B, n, E) -> Sync-C, Sync-D, offset, each (B,). Of the mean distances at offsets
     -15..15 Sync-D is the least, and Sync-C the median less the least (Chung and Zisserman 2016).
     Offset in video frames, positive where the sound comes late."""
-    n = v.shape[1]
+    n, curve = v.shape[1], []
     reach = min(REACH, n - 1)
-    curve = []
     for o in range(-reach, reach + 1):
         picture = v[:, max(0, -o) : n - max(0, o)]
         sound = a[:, max(0, o) : n - max(0, -o)]
@@ -137,8 +134,8 @@ def mouth_psnr(dub, truth):
 
 
 def gradient_energy(video):
-    """Mean squared difference of neighbouring pixels' brightness in the mask. A dub's over the
-    truth's says how sharp it is. video (n, T, S, S, 3) uint8 -> (n,)."""
+    """Mean squared difference of neighbouring pixels' brightness in the mask: how sharp it is.
+    video (n, T, S, S, 3) uint8 -> (n,)."""
     mask = mouth_mask(video.shape[2]).to(video.device)
     gray = video.float().mean(-1)
     across = (gray.diff(dim=3).square() * mask[:, 1:] * mask[:, :-1]).sum((2, 3))
@@ -148,10 +145,9 @@ def gradient_energy(video):
 
 @torch.no_grad()
 def measures(dub, pairs, judge):
-    """All that is measured of dubs (n, T, S, S, 3) uint8 of data.Pairs -> a dict of (n,) tensors:
-    sync_c; psnr (dB, in the mask); landmark: mean error of the mouth's opening and width as the
-    judge reads them off, in percent of the side; gain: slope of that opening over the truth's, less
-    than 1 if it mumbles; sharp: 1 if as sharp as the truth."""
+    """Dubs (n, T, S, S, 3) uint8 of data.Pairs -> a dict of (n,) tensors: sync_c; psnr in the mask;
+    landmark: mean error of the mouth's opening and width, in percent of the side; gain: slope of
+    the opening over the truth's, under 1 for a mumbler; sharp: 1 if as sharp as the truth."""
     rows = []
     videos = dub.split(1), pairs.truth.split(1)  # one by one: whatever the batch, it fits
     for one, true, mel, drawn in zip(*videos, pairs.mel.split(1), pairs.mouth.split(1)):
@@ -178,9 +174,8 @@ def features(judge, dub):
 
 
 def frechet(a, b):
-    """Frechet distance of two sets of features (n, E), as FID is: of the Gaussians with their means
-    and covariances, |m - m'|^2 + tr(C + C' - 2 (C C')^1/2). What distribution matching is for:
-    a blur is far, and so is what guidance exaggerates."""
+    """Frechet distance of two sets of features (n, E), as FID is: |m - m'|^2 + tr(C + C' -
+    2 (C C')^1/2). What distribution matching is for: a blur is far, and so is exaggeration."""
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     apart = (a.mean(0) - b.mean(0)).square().sum()
