@@ -180,13 +180,12 @@ class Painter:
 
     def __init__(self, p, pose, opening, size, device):
         self.p = p
-        self.device = device
         self.k = size / 2 * ZOOM  # pixels a unit
         self.inside = (mouth_mask(size).to(device) > 0).float()
         axis = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
         self.px, self.py = axis / ZOOM, axis[:, None] / ZOOM + LIFT
         self.image = self.tracks(*p.back[0])[:, None].repeat(1, len(opening), size, size)
-        self.rows = slice(None)
+        self.rows = slice(None)  # that are being painted
         roll, scale, dx, dy, self.yaw, pitch, self.opening = self.tracks(*pose, opening)
         dx, dy = self.px - dx, self.py - dy
         # Each pixel's place, (T, S, S): x, y on the head; u, v on the face, which turns.
@@ -196,14 +195,14 @@ class Painter:
 
     def tracks(self, *tracks):
         """Each track (T,) as (T, 1, 1) on the device, to which they travel together."""
-        return torch.tensor(np.array(tracks, np.float32), device=self.device)[..., None, None]
+        return torch.tensor(np.array(tracks, np.float32), device=self.px.device)[..., None, None]
 
     def cover(self, distance):
         """Anti-aliased coverage in 0..1 of a signed distance."""
         return (0.5 - distance * self.k).clamp_(0, 1)
 
     def paint(self, alpha, rgb, shade=1.0):
-        """Lays a colour times shade over self.rows of all frames; alpha in 0..1."""
+        """Lays a colour times shade over `rows` of all frames; alpha in 0..1."""
         colour = self.tracks(*np.clip(rgb, 0, 1))[:, None] * shade
         self.image[:, :, self.rows].lerp_(colour, alpha[None])
 
@@ -227,7 +226,7 @@ class Painter:
         # The jaw: below the nose the face is stretched down as the mouth opens.
         jaw = ((y - 0.2) * 1.6).clamp(0, 1) * (1 - (u / 0.44) ** 2).clamp(min=0)
         jaw = y - 0.08 * self.inside * self.opening * jaw
-        noise = torch.tensor(noise, dtype=torch.float32, device=self.device)[None, None]
+        noise = torch.tensor(noise, dtype=torch.float32, device=x.device)[None, None]
         noise = noise + 3 * F.interpolate(F.avg_pool2d(noise, 4), size=48, mode="bilinear")
         noise = noise.expand(len(u), -1, -1, -1)
         grid = torch.stack([u, jaw], -1) * 0.8

@@ -40,7 +40,7 @@ class Config:
 class SyncNet(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        c, self.cfg = cfg.channels, cfg
+        c, E, self.cfg = cfg.channels, cfg.embed, cfg
         self.rectangle = cfg.size // 2, cfg.size * 3 // 4
         cells = -(-self.rectangle[0] // 8) * -(-self.rectangle[1] // 8)
         layers = []
@@ -48,9 +48,8 @@ class SyncNet(nn.Module):
             layers += [nn.Conv2d(inputs, outputs, kernel, 2, kernel // 2), nn.SiLU()]
         layers += [nn.Flatten(1), nn.Linear(3 * c * cells, 4 * c), nn.SiLU()]
         self.frame = nn.Sequential(*layers)
-        layers = nn.Conv1d(4 * c, 4 * c, SPAN), nn.SiLU(), nn.Conv1d(4 * c, cfg.embed, 1)
-        self.span = nn.Sequential(*layers)
-        self.sound, self.sound_out = sound_tower(4 * c), nn.Conv1d(4 * c, cfg.embed, 1)
+        self.span = nn.Sequential(nn.Conv1d(4 * c, 4 * c, SPAN), nn.SiLU(), nn.Conv1d(4 * c, E, 1))
+        self.sound, self.sound_out = sound_tower(4 * c), nn.Conv1d(4 * c, E, 1)
         # The mouth's opening and width in tenths of the picture's side: for the landmark error.
         self.mouth = nn.Linear(4 * c, 2)
         self.mouth.bias.data = torch.tensor([0.5, 3.4])  # what is usual
@@ -267,8 +266,7 @@ def main(argv):
     if n < 12:
         raise Fail(f"{n} frames with sound are too few to judge lip-sync; give at least 12")
     mel = data.log_mel(audio[: n * RATE // FPS])[None].to(device)
-    found = score(net, torch.stack(frames[:n])[None].to(device), mel)
-    c, d, offset = (x.item() for x in found)
+    c, d, offset = (x.item() for x in score(net, torch.stack(frames[:n])[None].to(device), mel))
     late = f"{offset:+d} frames ({1000 * offset // FPS:+d} ms)"
     print(f"Sync-C {c:.3f}  Sync-D {d:.3f}  offset {late}  over {n} frames")
     if c < 0.2:
