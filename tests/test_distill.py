@@ -71,11 +71,9 @@ def test_the_teacher_is_guided_exactly_inside_the_window(cfg, where):
 def test_a_rollout_is_streaming_with_gradient_in_one_call(tiny, clips, cfg, call, float32):
     """From the same noise, the clip of a student whose last call that is."""
     student, seen = copy.deepcopy(tiny), []
-
-    def look(net, given, x0):
-        seen.append(None if x0 is None else x0.requires_grad)
-
-    student.register_forward_hook(look)
+    student.register_forward_hook(
+        lambda net, given, x0: seen.append(getattr(x0, "requires_grad", None))
+    )
     cond = distill.embed(student, clips.draw(2, cfg, torch.Generator().manual_seed(0)))
     X = rollout(student, cond, call, torch.Generator().manual_seed(5))
     assert seen == ([False] * call + [True, None]) * (cfg.latents // cfg.chunk)
@@ -203,8 +201,8 @@ def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
 def test_muon_is_torchs_in_batches(monkeypatch, precision, close):
     """Bit for bit in bf16, which torch.optim.Muon multiplies in; else within what that rounds."""
     monkeypatch.setattr(runtime, "PRECISION", precision)
-    ours = [torch.randn(24, n, requires_grad=True) for n in (24, 72, 24)]
-    ours.append(torch.randn(72, 24, requires_grad=True))
+    shapes = (24, 24), (24, 72), (24, 24), (72, 24)
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
     muons = runtime.Muon(ours, 0.02), torch.optim.Muon(theirs, 0.02, weight_decay=0.01)
     for _ in range(3):
