@@ -297,7 +297,7 @@ def result(name, cfg, same_world, train):
     if cfg.fresh or resume.is_file():
         places = []
     if ranks()[1] > 1:
-        dist.barrier()
+        dist.barrier()  # so that all see the same files
     for path in [Path(cfg.teacher)] if given else filter(Path.is_file, places):
         state = load(path, "syncnet" if expert else "dit")
         before = path.with_name({"init": "teacher.pt", "student": "init.pt"}.get(name, "-"))
@@ -314,7 +314,7 @@ def result(name, cfg, same_world, train):
             return path
     train(here)
     if ranks()[1] > 1:
-        dist.barrier()
+        dist.barrier()  # until the file is there
     resume.unlink(missing_ok=True)
     print(f"{name}: {here}, {time.time() - begun:.0f} s", flush=True)
     return here

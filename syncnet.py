@@ -75,8 +75,8 @@ class SyncNet(nn.Module):
 def view_loss(net, guess, truth):
     """How differently the expert sees two rectangles (B, T, S/2, 3S/4, 3) in [-1, 1] -> a number:
     frame by frame (as LPIPS, but by eyes that know mouths) and, a fifth each, in the embedding of
-    five frames and in the mouth, of which 3% of the side count as 1. It has a gradient, as the
-    reward has not: it pulls towards one known picture, not to whatever pleases the expert."""
+    five frames and in the mouth, of which 3% of the side count as 1. The reward has no gradient,
+    this has: it pulls towards one known picture, not towards whatever pleases the expert."""
     with torch.no_grad():
         true_seen, true_v, true_shape = net.watch(truth)
     seen, v, shape = net.watch(guess)
