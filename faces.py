@@ -1,10 +1,10 @@
-"""A drawn world of talking people, so that there is no data to download.
-
-`draw` draws a person who says random syllables; the sound is made from the same phonemes as the
-lips. So we own what no recorded data set has: the same person, pose and blinks with *another*
-sound (`dub_pair`), the exact answer that a dub should give. `python data.py` shows some.
+"""A drawn world of talking people, so that there is no data to download: `draw` makes sound and
+lips from the same random syllables. So we own what no recorded data set has: the same person, pose
+and blinks with *another* sound (`dub_pair`), which is what a dub should give. `python data.py`
+shows some.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +21,8 @@ ZOOM = 1.2  # the camera is this near, so that the mouth gets the pixels,
 LIFT = 0.15  # and looks this far down, in halves of the picture
 SWAY = 0.3  # share of their motion that heads keep, since a camera follows them
 ASIDE = 0.15  # the mouth mask leaves out this share of the picture at either side
-# Formants F1-F3 (Hz; Peterson and Barney 1952 for the vowels), voicing, noise centre (Hz) and
-# level, duration (s), then the lips: opening, width, rounding, upper teeth, tongue, and dominance,
-# i.e. how little neighbours may bend the shape.
+# Formants (Hz; Peterson and Barney 1952 for the vowels), voicing, centre (Hz) and level of the
+# noise, seconds; then the lips, of which dominance says how little neighbours may bend the shape.
 # fmt: off
 PHONES = {
     #      F1   F2    F3   voice noise  level  dur   open wide round teeth tongue dominance
@@ -87,19 +86,11 @@ def phoneme_track(rng, tempo, seconds):
     return np.repeat([PHONES[phone] for phone in phones], rows, axis=0)
 
 
-def random_source(rng, pitch, t, samples):
-    """What a filter shapes, (2, samples) float32: a pulse at each glottal period, white noise."""
-    bend = 0.09 * wander(rng, t, 0.3, 2.5) + 0.01 * wander(rng, t, 4, 9)
-    f0 = np.interp(np.arange(samples) / RATE, t, pitch * np.exp(bend))
-    pulses = np.diff(np.floor(np.cumsum(f0) / RATE), prepend=0.0) * np.sqrt(RATE / pitch)
-    return torch.from_numpy(np.stack([pulses, rng.standard_normal(samples)])).float()
-
-
 def speak(voice_seed, text_seed, seconds):
     """Random syllables by source-filter synthesis.
 
-    Returns audio (seconds * RATE,) float32 in [-1, 1] and lips (seconds * SPEECH_FPS, 5) float64,
-    each about 0..1: opening, width, rounding, upper teeth, tongue."""
+    -> audio (seconds * RATE,) float32 in [-1, 1] and lips (seconds * SPEECH_FPS, 5), each about
+    0..1: opening, width, rounding, upper teeth, tongue."""
     voice, text = np.random.default_rng([voice_seed, 1]), np.random.default_rng([text_seed, 2])
     pitch = voice.uniform(85, 240)
     tract = 0.88 + 0.27 * (pitch - 85) / 155 + voice.normal(0, 0.03)  # a high voice: a short tract
@@ -119,9 +110,13 @@ def speak(voice_seed, text_seed, seconds):
     voiced = (voiced + 0.02) * (1 + freq / 900) ** -tilt * (level[:, 0] + 1e-3)
     hiss = np.exp(-0.5 * ((freq - track[:, 4]) / (350 + 0.22 * track[:, 4])) ** 2)
     hiss = hiss * level[:, 1] + breath * voiced
+    # What they shape: a pulse at each glottal period, and white noise.
     samples = round(seconds * RATE)
+    bend = 0.09 * wander(text, t, 0.3, 2.5) + 0.01 * wander(text, t, 4, 9)
+    f0 = np.interp(np.arange(samples) / RATE, t, pitch * np.exp(bend))
+    pulses = np.diff(np.floor(np.cumsum(f0) / RATE), prepend=0.0) * np.sqrt(RATE / pitch)
+    source = torch.from_numpy(np.stack([pulses, text.standard_normal(samples)])).float()
     stft = dict(n_fft=320, hop_length=RATE // SPEECH_FPS, window=torch.hann_window(320))
-    source = random_source(text, pitch, t, samples)
     pulses, noise = torch.stft(source, **stft, return_complex=True)[..., : len(t)]
     shaped = pulses * torch.from_numpy(voiced).float()
     shaped = shaped + 0.35 * noise * torch.from_numpy(hiss).float()
@@ -134,18 +129,14 @@ def speak(voice_seed, text_seed, seconds):
 
 
 class Clip(NamedTuple):
-    """A talking head: T frames of S x S pixels and their sound."""
-
     video: torch.Tensor  # (T, S, S, 3) uint8, on the device that drew it
     audio: np.ndarray  # (T * 640,) float32 in [-1, 1], at 16 kHz
     mouth: np.ndarray  # (T, 2) float32: drawn opening and width as fractions of the picture's side
 
 
 def person(seed):
-    """A seeded identity: a dict of colours (RGB in 0..1), shapes and a way of speaking.
-
-    Shapes are in units of half the picture before ZOOM; x goes right and y down from the centre.
-    New draws belong at the end: then everybody stays who he was."""
+    """A seeded identity: colours (RGB), shapes (in halves of the picture before ZOOM), a way of
+    speaking. New draws belong at the end: then everybody stays who he was."""
     rng = np.random.default_rng([seed, 3])
     u = rng.uniform
     tone = u()
@@ -153,18 +144,21 @@ def person(seed):
     skin = skin + rng.normal(0, 0.02, 3)
     hair = np.array([0.08, 0.06, 0.05]) + u() ** 2 * np.array([0.75, 0.55, 0.30])
     hair = hair + rng.normal(0, 0.02, 3)
-    hair = np.full(3, u(0.45, 0.8)) if u() < 0.12 else hair  # grey
+    if u() < 0.12:
+        hair = np.full(3, u(0.45, 0.8))  # grey
     lip = skin * np.array([0.86, 0.58, 0.58]) + np.array([u(0, 0.10), 0, u(0, 0.04)])
-    p = dict(skin=skin, hair=hair.clip(0.02, 0.95), lip=lip)
-    p |= dict(eye=np.array([u(0.1, 0.4), u(0.15, 0.5), u(0.1, 0.6)]), back=u(0.1, 0.9, (2, 3)))
-    p |= dict(cloth=u(0.05, 0.8, 3), width=u(0.66, 0.78), height=u(0.82, 0.9), chin=u(1.9, 2.6))
-    p |= dict(eye_y=u(-0.33, -0.24), eye_x=u(0.27, 0.33), eye_r=u(0.1, 0.13), brow=u(0.02, 0.045))
-    p |= dict(nose=u(0.07, 0.11), mouth_y=u(0.45, 0.53), mouth_w=u(0.3, 0.38))
-    p |= dict(lip_up=u(0.035, 0.065), lip_low=u(0.05, 0.085), hairline=u(-0.72, -0.5))
-    p |= dict(long=u() < 0.4, beard=u(0.25, 0.8) if u() < 0.3 else 0.0, beard_y=u(0.15, 0.45))
-    p |= dict(glasses=u() < 0.22, light=rng.normal(0, 1, 2) * 0.12, gloss=u(0.0, 0.1))
-    p |= dict(strength=u(0.65, 1.25), tilt=rng.normal(0, 0.05), smile=rng.normal(0.01, 0.025))
-    return p | dict(show=u(0.5, 1.3))
+    return SimpleNamespace(
+        skin=skin, hair=hair.clip(0.02, 0.95), lip=lip,
+        eye=np.array([u(0.1, 0.4), u(0.15, 0.5), u(0.1, 0.6)]), back=u(0.1, 0.9, (2, 3)),
+        cloth=u(0.05, 0.8, 3), width=u(0.66, 0.78), height=u(0.82, 0.9), chin=u(1.9, 2.6),
+        eye_y=u(-0.33, -0.24), eye_x=u(0.27, 0.33), eye_r=u(0.1, 0.13), brow=u(0.02, 0.045),
+        nose=u(0.07, 0.11), mouth_y=u(0.45, 0.53), mouth_w=u(0.3, 0.38),
+        lip_up=u(0.035, 0.065), lip_low=u(0.05, 0.085), hairline=u(-0.72, -0.5),
+        long=u() < 0.4, beard=u(0.25, 0.8) if u() < 0.3 else 0.0, beard_y=u(0.15, 0.45),
+        glasses=u() < 0.22, light=rng.normal(0, 1, 2) * 0.12, gloss=u(0.0, 0.1),
+        strength=u(0.65, 1.25), tilt=rng.normal(0, 0.05), smile=rng.normal(0.01, 0.025),
+        show=u(0.5, 1.3),
+    )  # fmt: skip
 
 
 def mouth_mask(size):
@@ -186,12 +180,12 @@ class Painter:
 
     def __init__(self, p, pose, opening, size, device):
         self.p = p
-        self.device = device
         self.k = size / 2 * ZOOM  # pixels a unit
         self.inside = (mouth_mask(size).to(device) > 0).float()
         axis = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
         self.px, self.py = axis / ZOOM, axis[:, None] / ZOOM + LIFT
-        self.image = self.tracks(*p["back"][0])[:, None].repeat(1, len(opening), size, size)
+        self.image = self.tracks(*p.back[0])[:, None].repeat(1, len(opening), size, size)
+        self.rows = slice(None)  # that are being painted
         roll, scale, dx, dy, self.yaw, pitch, self.opening = self.tracks(*pose, opening)
         dx, dy = self.px - dx, self.py - dy
         # Each pixel's place, (T, S, S): x, y on the head; u, v on the face, which turns.
@@ -201,125 +195,124 @@ class Painter:
 
     def tracks(self, *tracks):
         """Each track (T,) as (T, 1, 1) on the device, to which they travel together."""
-        return torch.tensor(np.array(tracks, np.float32), device=self.device)[..., None, None]
+        return torch.tensor(np.array(tracks, np.float32), device=self.px.device)[..., None, None]
 
     def cover(self, distance):
         """Anti-aliased coverage in 0..1 of a signed distance."""
         return (0.5 - distance * self.k).clamp_(0, 1)
 
-    def paint(self, alpha, rgb, rows=slice(None), shade=1.0):
-        """Lays a colour times shade over rows of all frames; alpha in 0..1."""
+    def paint(self, alpha, rgb, shade=1.0):
+        """Lays a colour times shade over `rows` of all frames; alpha in 0..1."""
         colour = self.tracks(*np.clip(rgb, 0, 1))[:, None] * shade
-        self.image[:, :, rows].lerp_(colour, alpha[None])
+        self.image[:, :, self.rows].lerp_(colour, alpha[None])
 
     def behind_the_face(self):
         """The background's second colour, long hair, shoulders, neck and hair."""
         p, x, y = self.p, self.x, self.y
         slope = ((self.py + 0.6 * self.px) * 0.35 + 0.5).clamp(0, 1)[None]
-        self.paint(slope, p["back"][1])
-        if p["long"]:
-            self.paint(self.cover(ellipse(x, y - 0.15, p["width"] + 0.13, 1.15)), p["hair"])
-        self.paint(self.cover(ellipse(self.px, self.py - 1.28, 0.95, 0.42))[None], p["cloth"])
+        self.paint(slope, p.back[1])
+        if p.long:
+            self.paint(self.cover(ellipse(x, y - 0.15, p.width + 0.13, 1.15)), p.hair)
+        self.paint(self.cover(ellipse(self.px, self.py - 1.28, 0.95, 0.42))[None], p.cloth)
         neck = ((y - 0.3) * self.k).clamp(0, 1) * ((1.02 - y) * self.k).clamp(0, 1)
-        self.paint(self.cover(x.abs() - 0.34) * neck, p["skin"] * 0.72)
-        hair = ellipse(x, y + 0.12, p["width"] + 0.09, p["height"] + 0.06)
-        self.paint(self.cover(hair) * (y < 0.1), p["hair"])
+        self.paint(self.cover(x.abs() - 0.34) * neck, p.skin * 0.72)
+        hair = ellipse(x, y + 0.12, p.width + 0.09, p.height + 0.06)
+        self.paint(self.cover(hair) * (y < 0.1), p.hair)
 
     def face(self, noise):
         """Skin, beard and fringe. noise (48, 48): unevenness of the skin, fine and coarse."""
-        p, light = self.p, self.p["light"]
+        p, light = self.p, self.p.light
         x, y, u, v = self.x, self.y, self.u, self.v
         # The jaw: below the nose the face is stretched down as the mouth opens.
         jaw = ((y - 0.2) * 1.6).clamp(0, 1) * (1 - (u / 0.44) ** 2).clamp(min=0)
         jaw = y - 0.08 * self.inside * self.opening * jaw
-        noise = torch.tensor(noise, dtype=torch.float32, device=self.device)[None, None]
+        noise = torch.tensor(noise, dtype=torch.float32, device=x.device)[None, None]
         noise = noise + 3 * F.interpolate(F.avg_pool2d(noise, 4), size=48, mode="bilinear")
         noise = noise.expand(len(u), -1, -1, -1)
         grid = torch.stack([u, jaw], -1) * 0.8
         noise = F.grid_sample(noise, grid, align_corners=False, padding_mode="reflection")[:, 0]
-        low = (jaw / p["height"]).clamp(min=0) ** p["chin"]
-        high = (y / (p["height"] * 0.95)).clamp(max=0) ** 2
-        edge = ((x / p["width"]).abs() ** p["chin"] + low + high) ** (1 / p["chin"])  # 1: the edge
+        low = (jaw / p.height).clamp(min=0) ** p.chin
+        high = (y / (p.height * 0.95)).clamp(max=0) ** 2
+        edge = ((x / p.width).abs() ** p.chin + low + high) ** (1 / p.chin)  # 1: the edge
         shade = 1 + light[0] * u * 1.3 + light[1] * v
         shade = shade - 0.22 * edge.clamp(0, 1) ** 4 + 0.018 * noise
-        fold = (u.abs() - p["mouth_w"] - 0.12 + 0.2 * (v - 0.4)) / 0.035  # from nose to chin
+        fold = (u.abs() - p.mouth_w - 0.12 + 0.2 * (v - 0.4)) / 0.035  # from nose to chin
         self.shade = shade - 0.10 * torch.exp(-(fold**2) - ((v - 0.3) / 0.16) ** 2)
-        alpha = self.cover((edge - 1) * p["width"])
-        self.paint(alpha, p["skin"], shade=self.shade)
-        if p["beard"]:
-            beard = jaw - p["beard_y"] + 0.9 * (x.abs() - 0.45).clamp(max=0) + 0.02 * noise
-            beard = (0.5 + beard * 9).clamp(0, 1) * p["beard"] * (1 + 0.12 * noise)
-            self.paint(alpha * beard.clamp(0, 1), p["hair"] * 0.8, shade=self.shade)
-        fringe = y - p["hairline"] - 0.10 * torch.sin(2.2 * u + light[0] * 20) - 0.03 * noise
-        self.paint(alpha * self.cover(fringe / 2), p["hair"], shade=1 + 0.08 * noise)
+        alpha = self.cover((edge - 1) * p.width)
+        self.paint(alpha, p.skin, shade=self.shade)
+        if p.beard:
+            beard = jaw - p.beard_y + 0.9 * (x.abs() - 0.45).clamp(max=0) + 0.02 * noise
+            beard = (0.5 + beard * 9).clamp(0, 1) * p.beard * (1 + 0.12 * noise)
+            self.paint(alpha * beard.clamp(0, 1), p.hair * 0.8, shade=self.shade)
+        fringe = y - p.hairline - 0.10 * torch.sin(2.2 * u + light[0] * 20) - 0.03 * noise
+        self.paint(alpha * self.cover(fringe / 2), p.hair, shade=1 + 0.08 * noise)
 
     def eyes_and_nose(self, blink, gaze):
         """blink (T,) in 0..1: how shut the eyes are; gaze (T,): shift of the pupils."""
-        p, r = self.p, self.p["eye_r"]
-        rows = slice(0, int(len(self.inside) * 0.66))  # the others need no work
+        p, r = self.p, self.p.eye_r
+        self.rows = rows = slice(0, int(len(self.inside) * 0.66))  # the others need no work
         u, v, shade = self.u[:, rows], self.v[:, rows], self.shade[:, rows]
         lid, gaze = self.tracks(r * 0.62 * (1 - 0.92 * blink), gaze)
-        y = v - p["eye_y"]
+        y = v - p.eye_y
         for side in (-1, 1):
-            x = u - side * p["eye_x"]
+            x = u - side * p.eye_x
             socket = ellipse(x, y, r * 1.25, r * 0.95)
-            self.paint(self.cover(socket / 2) * 0.25, p["skin"] * 0.6, rows, shade)
+            self.paint(self.cover(socket / 2) * 0.25, p.skin * 0.6, shade)
             eye = self.cover((((x / r) ** 2 + (y / lid) ** 2).sqrt() - 1) * lid)
             eye = eye * self.cover(x.abs() - r)
-            self.paint(eye, (0.93, 0.93, 0.92), rows)
-            for share, rgb in ((0.48, p["eye"]), (0.22, (0.03, 0.03, 0.03))):  # iris and pupil
-                self.paint(eye * self.cover(ellipse(x - gaze, y, r * share, r * share)), rgb, rows)
-            brow = (y + r * 1.35 + 0.5 * x**2 - 0.02 * side * x).abs() - p["brow"]
-            self.paint(self.cover(brow) * self.cover(x.abs() - r * 1.4), p["hair"] * 0.7, rows)
-            if p["glasses"]:
+            self.paint(eye, (0.93, 0.93, 0.92))
+            for share, rgb in ((0.48, p.eye), (0.22, (0.03, 0.03, 0.03))):  # iris and pupil
+                self.paint(eye * self.cover(ellipse(x - gaze, y, r * share, r * share)), rgb)
+            brow = (y + r * 1.35 + 0.5 * x**2 - 0.02 * side * x).abs() - p.brow
+            self.paint(self.cover(brow) * self.cover(x.abs() - r * 1.4), p.hair * 0.7)
+            if p.glasses:
                 frame = ellipse(x, y, r * 1.75, r * 1.5).abs() - 0.014
-                self.paint(self.cover(frame), (0.08, 0.08, 0.08), rows)
-        ridge = torch.exp(-(((u - 0.6 * self.yaw) / 0.05) ** 2)) * (0.10 + p["gloss"])
+                self.paint(self.cover(frame), (0.08, 0.08, 0.08))
+        ridge = torch.exp(-(((u - 0.6 * self.yaw) / 0.05) ** 2)) * (0.10 + p.gloss)
         ridge = ridge * ((v + 0.3) * 3).clamp(0, 1) * ((0.13 - v) * 8).clamp(0, 1)
-        self.paint(ridge, (1, 1, 1), rows)
+        self.paint(ridge, (1, 1, 1))
         for side in (-1, 1):
-            nostril = ellipse(u - side * p["nose"] * 0.6, v - 0.12, p["nose"] * 0.42, 0.028)
-            self.paint(self.cover(nostril) * 0.55, p["skin"] * 0.35, rows)
+            nostril = ellipse(u - side * p.nose * 0.6, v - 0.12, p.nose * 0.42, 0.028)
+            self.paint(self.cover(nostril) * 0.55, p.skin * 0.35)
 
     def mouth(self, *tracks):
         """Lips, teeth and tongue from the tracks (T,) that draw makes."""
         p = self.p
-        rows = slice(len(self.inside) // 2, None)
+        self.rows = rows = slice(len(self.inside) // 2, None)
         shade, inside = self.shade[:, rows], self.inside[rows]
         half, rounding, teeth, tongue, aside, slant, smile = self.tracks(*tracks)
         gap = 0.31 * self.opening  # height of the inner opening, from -lower to lower
         u = self.u[:, rows] - aside
         w = (u / half).clamp(-1, 1)  # -1 and 1 at the corners
         bend, circle = 1 - w * w, (1 - w * w).sqrt()
-        y = self.v[:, rows] - p["mouth_y"] - 0.25 * gap  # the lower lip moves more than the upper
-        y = y - (p["tilt"] + slant) * u - (p["smile"] + smile) * (1 - 2 * w * w)
+        y = self.v[:, rows] - p.mouth_y - 0.25 * gap  # the lower lip moves more than the upper
+        y = y - (p.tilt + slant) * u - (p.smile + smile) * (1 - 2 * w * w)
         lower = 0.5 * gap * torch.lerp(bend, circle, 0.25 + 0.75 * rounding.clamp(0, 1))
         full = (1 + 0.25 * rounding) * circle
         bow = 1 - 0.30 * torch.exp(-((w / 0.16) ** 2))  # the dip in the middle of the upper lip
-        top, bottom = -lower - p["lip_up"] * full * bow, lower + p["lip_low"] * full
+        top, bottom = -lower - p.lip_up * full * bow, lower + p.lip_low * full
         shadow = torch.exp(-(((y - bottom - 0.05) / 0.03) ** 2)) * circle * 0.22
-        self.paint(shadow * inside, p["skin"] * 0.55, rows, shade)
+        self.paint(shadow * inside, p.skin * 0.55, shade)
         inside = inside * self.cover(u.abs() - half)
-        gloss = torch.exp(-(((y - lower - p["lip_low"] * 0.5) / 0.018) ** 2))
-        lit = shade * (1 + (0.10 + p["gloss"]) * gloss)
-        self.paint(inside * self.cover(top - y) * self.cover(y - bottom), p["lip"], rows, lit)
+        gloss = torch.exp(-(((y - lower - p.lip_low * 0.5) / 0.018) ** 2))
+        lit = shade * (1 + (0.10 + p.gloss) * gloss)
+        self.paint(inside * self.cover(top - y) * self.cover(y - bottom), p.lip, lit)
         hole = inside * self.cover(-lower - y) * self.cover(y - lower)
-        self.paint(hole, (0.16, 0.04, 0.05), rows)
+        self.paint(hole, (0.16, 0.04, 0.05))
         tip = lower - gap * (0.12 + 0.50 * tongue) * (1 - 0.6 * w * w)
         seen = self.cover(tip - y) * (gap * 12).clamp(0, 1)
-        self.paint(hole * seen, (0.70, 0.30, 0.32), rows)
+        self.paint(hole * seen, (0.70, 0.30, 0.32))
         edge = (0.03 + 0.05 * teeth) * (1 - 0.5 * w * w) - lower
         seen = self.cover(y - edge) * (teeth * 1.5).clamp(0, 1) * (1 - 0.5 * w**4)
         ridges = torch.exp(-(((torch.remainder(u / 0.055, 1) - 0.5) / 0.09) ** 2))
-        self.paint(hole * seen, (1, 1, 1), rows, 0.86 - 0.10 * ridges)
+        self.paint(hole * seen, (1, 1, 1), 0.86 - 0.10 * ridges)
 
 
 def draw(seed, frames, size, text=None, voice=None, detail=None, device="cpu"):
-    """Draw a Clip of `frames` frames, size x size pixels, on `device`.
-
-    `seed` decides the person, pose and blinks; `text` and `voice` the sound and hence the lips
-    (default: seed); `detail` what the sound does not decide, such as how much of the teeth shows
-    (default: text). `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)`."""
+    """Draw a Clip of `frames` frames, size x size pixels, on `device`. `seed` decides the person,
+    pose and blinks; `text` and `voice` (default: seed) the sound and hence the lips; `detail`
+    (default: text) what the sound does not decide, such as how much of the teeth shows.
+    `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)`."""
     text = seed if text is None else text
     p = person(seed)
     rng = np.random.default_rng([seed, 4])
@@ -333,22 +326,20 @@ def draw(seed, frames, size, text=None, voice=None, detail=None, device="cpu"):
     starts = np.cumsum(rng.uniform(1.0, 4.0, max(8, frames // 25))) - rng.uniform(0, 2)
     blink = np.exp(-(((t[:, None] - starts) / 0.06) ** 2)).max(1)
     gaze = 0.025 * np.round(wander(rng, t, 0.1, 0.5))
-    # What the sound leaves open: how much of the teeth and the tongue shows, and how the mouth
-    # sits: aside, aslant, in a smile.
+    # What the sound leaves open: how much of teeth and tongue shows, and how the mouth sits.
     fine = np.random.default_rng([text if detail is None else detail, 5])
-    teeth = (lips[3] * p["show"] + 0.3 * wander(fine, t, 0.3, 3.0)).clip(0, 1.2)
+    teeth = (lips[3] * p.show + 0.3 * wander(fine, t, 0.3, 3.0)).clip(0, 1.2)
     tongue = (lips[4] + 0.25 * wander(fine, t, 0.3, 3.0)).clip(0, 1)
     sits = [far * wander(fine, t, 0.3, 2.0) for far in (0.03, 0.06, 0.015)]
     wide, rounding = lips[1:3].astype(np.float32)
-    # Half the width, in halves of the picture: so it is the width in pictures.
-    half = p["mouth_w"] * (0.74 + 0.36 * wide - 0.40 * rounding)
-    painter = Painter(p, pose, lips[0] * p["strength"], size, device)
+    half = p.mouth_w * (0.74 + 0.36 * wide - 0.40 * rounding)  # in halves: the width in pictures
+    painter = Painter(p, pose, lips[0] * p.strength, size, device)
     painter.behind_the_face()
     painter.face(np.random.default_rng([seed, 6]).standard_normal((48, 48)))
     painter.eyes_and_nose(blink, gaze)
     painter.mouth(half, rounding, teeth, tongue, *sits)
     video = (painter.image * 255).add_(0.5).clamp_(0, 255).to(torch.uint8)
-    mouth = np.stack([0.155 * lips[0] * p["strength"], half], 1).astype(np.float32)
+    mouth = np.stack([0.155 * lips[0] * p.strength, half], 1).astype(np.float32)
     mouth = mouth * ZOOM * pose[1].astype(np.float32)[:, None]
     return Clip(video.permute(1, 2, 3, 0).contiguous(), audio, mouth)
 

@@ -1,16 +1,16 @@
 """The network: one diffusion transformer (DiT) for teacher and student; only attention differs.
 
 A token covers 4 frames x p x p pixels of the mouth rectangle (see data.py), P = 12 p p values; L =
-T / 4 latent frames of N tokens. (The paper's, by a VAE of 4 x 8 x 8 and patches of 2 x 2: 4 x 16 x
-16 pixels.) The network sees pixels and predicts the clean video x0 (arXiv 2511.13720 shows that it
-works). A token is the sum of three embeddings: its noisy patch; the source there, the mouth hidden,
-with the patch half a square above it, for the pose; a *reference*, the same person at another
-moment, in both places. Outside the mask the output is the source, where the answer is known.
+T / 4 latent frames of N tokens. (The paper's: 4 x 16 x 16 pixels.) The network predicts the clean
+pixels x0, as arXiv 2511.13720 does. A token is the sum of three embeddings: its noisy patch; the
+source there, the mouth hidden, with the patch half a square above it, for the pose; a *reference*,
+the same person at another moment, in both places. Outside the mask the output is the source.
 """
 
 import dataclasses
 import functools
 import importlib.util
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,18 +47,14 @@ def grid(cfg):
 
 def n_tokens(cfg):
     """N, tokens of a latent frame."""
-    rows, columns = grid(cfg)
-    return rows * columns
+    return math.prod(grid(cfg))
 
 
-# -------------------------------------------------------------------------------------- attention
 def visible(c, cfg):
     """The latent frames whose keys chunk c attends to, in order: the sink and the latest `window`,
-    its own included. A key's RoPE position is its place in this list, so positions never grow. The
-    only definition of the window.
-
-    Why a window: memory and time stay the same however long the video. Why a sink: attention rests
-    on the first frame that it has seen, and video models drift when that leaves the cache. (Here,
+    its own included. A key's RoPE position is its place in this list, so positions never grow. Why
+    a window: memory and time stay the same however long the video. Why a sink: attention rests on
+    the first frame that it has seen, and video models drift when that leaves the cache. (Here,
     where the source is shown all along, three minutes without one are as good.)"""
     end = (c + 1) * cfg.chunk
     return sorted({*range(min(cfg.sink, end)), *range(max(0, end - cfg.window), end)})
@@ -72,9 +68,8 @@ def rope_table(cfg, latents=MAX_LATENTS):
     for axis, pairs in enumerate((head // 4, head // 8, head // 8)):
         angles.append(places[:, axis, None] * 100.0 ** -(torch.arange(pairs) / pairs))
     angle = torch.cat(angles, -1).unflatten(0, (latents, -1))
-    cos = torch.cat([angle.cos(), angle.cos()], -1)
-    sin = torch.cat([-angle.sin(), angle.sin()], -1)
-    return torch.stack([cos, sin], 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 2)
 
 
 def rotate(x, table):
@@ -85,8 +80,8 @@ def rotate(x, table):
 
 
 def dense(q, k, v):
-    """softmax(q k^T / sqrt d) v, fused, except when training on a CPU: at these lengths the fused
-    backward is two to four times slower there than plain products."""
+    """softmax(q k^T / sqrt d) v, fused, except when training on a CPU: there the fused backward is
+    two to four times slower than plain products."""
     if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled():
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -99,9 +94,8 @@ def attend_all(q, k, v, rope):
 
 
 def attend_chunks(q, k, v, rope, cfg):
-    """The student's in training, over a whole clip: one dense call a chunk over exactly the keys,
-    at exactly the positions, of streaming. No mask: a key's position differs from chunk to chunk,
-    and the fused kernels stay fast. A last chunk may be short."""
+    """The student's in training, over a clip: a dense call a chunk, over the keys and positions of
+    streaming. No mask could do that: a key's position differs from chunk to chunk."""
     N, outputs = rope.shape[1], []
     k, v = k.unflatten(2, (-1, N)), v.unflatten(2, (-1, N))
     for c, q_c in enumerate(q.split(cfg.chunk * N, 2)):
@@ -115,19 +109,16 @@ def attend_chunks(q, k, v, rope, cfg):
 
 class Cache:
     """Keys (normed, before RoPE) and values of the latent frames that the chunk being made may look
-    back at, per block. A pass over the finished chunk (t = 0) stores that chunk's own behind them;
-    then `advance` drops what the next chunk does not see. Fixed memory, at a fixed address: what a
-    CUDA graph needs.
-
-    With a sink of 1 and a window of 6, chunk 2 (latent frames 6-8) finds [0, 3, 4, 5] here; once it
-    is stored, chunk 3 finds [0, 6, 7, 8]."""
+    back at, per block. A pass over the finished chunk (t = 0) stores its own behind them; then
+    `advance` drops what the next chunk does not see: after chunk 1 [0, 3, 4, 5] are left, after
+    chunk 2 [0, 6, 7, 8]. Fixed memory, at a fixed address: what a CUDA graph needs."""
 
     def __init__(self, net, batch):
         cfg, weight = net.cfg, net.head.weight
         self.cfg, self.chunks, self.frames = cfg, 0, []  # chunks finished; latent frames held
         shape = cfg.depth, 2, batch, cfg.heads, cfg.sink + cfg.window, n_tokens(cfg)
-        dtype = runtime.fast_dtype(weight.device)
-        self.kv = weight.new_zeros(*shape, cfg.width // cfg.heads, dtype=dtype)
+        shape = *shape, cfg.width // cfg.heads
+        self.kv = weight.new_zeros(shape, dtype=runtime.fast_dtype(weight.device))
 
     def store(self, k, v, layer):
         """Keep the finished chunk's keys and values (B, h, chunk N, d)."""
@@ -145,8 +136,7 @@ class Cache:
 
     def advance(self):
         """To be called when a chunk has been stored."""
-        chunk, now = self.cfg.chunk, self.chunks * self.cfg.chunk
-        held = self.frames + list(range(now, now + chunk))
+        held = visible(self.chunks, self.cfg)
         self.chunks += 1
         self.frames = [f for f in visible(self.chunks, self.cfg) if f in held]
         for place, f in enumerate(self.frames):
@@ -161,32 +151,28 @@ def has_kernel(device):
 
 def qk_norm(x, scale):
     """ViT-22B's (arXiv 2302.05442), of queries and keys."""
-    y = F.layer_norm(x, x.shape[-1:], scale.to(x.dtype))
-    return y.to(x.dtype)  # autocast on a GPU would leave it in float32
+    # To x's type: autocast on a GPU would leave it in float32.
+    return F.layer_norm(x, x.shape[-1:], scale.to(x.dtype)).to(x.dtype)
 
 
 def attention(q, k, v, q_scale, k_scale, rope, cfg, causal, cache, fused, layer, store):
-    """QK-norm, RoPE and attention, q, k, v and what comes out (B, h, L N, d). Which path runs when:
-    with a cache the stream's, dense or (fused) by kernels.py; else a whole clip's, causal or not.
-    """
+    """QK-norm, RoPE and attention; q, k, v and what comes out (B, h, L N, d). With a cache the
+    stream's, dense or (fused) by kernels.py; else a whole clip's, causal or not."""
     if store:
         cache.store(qk_norm(k, k_scale), v, layer)
         if layer == cfg.depth - 1:
-            return None  # all keys are stored; nobody reads what the last block makes of them
+            return None  # nobody reads what the last block makes of them
     if cache is not None and fused:
         from kernels import stream_attention  # needs Triton
 
-        held = len(cache.frames) * rope.shape[1]
-        return stream_attention(
-            q, k, v, cache.kv[layer].flatten(3, 4), held, q_scale, k_scale, rope
-        )
+        kept, held = cache.kv[layer].flatten(3, 4), len(cache.frames) * rope.shape[1]
+        return stream_attention(q, k, v, kept, held, q_scale, k_scale, rope)
     q, k = qk_norm(q, q_scale), qk_norm(k, k_scale)
     if cache is not None:
         return cache.attend(q, k, v, rope, layer)
     return attend_chunks(q, k, v, rope, cfg) if causal else attend_all(q, k, v, rope)
 
 
-# ---------------------------------------------------------------------------------------- the DiT
 class Cond(NamedTuple):
     """What is known of L latent frames, embedded once for any number of denoising calls."""
 
@@ -205,8 +191,7 @@ class Block(nn.Module):
         self.k_scale = nn.Parameter(torch.ones(D // cfg.heads))
         # Added to the one that all blocks share (adaLN-single, arXiv 2310.00426): shift, scale and
         # gate, twice. Gates start half open; shut, as is usual, costs time a short run has not.
-        start = torch.tensor([0, 0, 0.5, 0, 0, 0.5])
-        self.modulation = nn.Parameter(start[:, None].repeat(1, D))
+        self.modulation = nn.Parameter(torch.tensor([[0, 0, 0.5] * 2]).T.repeat(1, D))
 
     def forward(self, x, mod, audio, attend):
         """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D); attend(q, k, v, q_scale,
@@ -228,8 +213,7 @@ class Block(nn.Module):
 
 def sound_tower(channels):
     """Log-mel (B, MELS, M) -> (B, channels, (M - 20) // 4 + 1): an output sees 20 mel frames, and
-    the next one starts a video frame later. The lip-sync expert and the DiT hear through the same
-    one, so that the second can start from what the first has learned."""
+    the next one starts a video frame later. The DiT's starts from what the expert's has learned."""
     layers = []
     for inputs, kernel, stride in ((MELS, 5, 1), (channels, 4, 4), (channels, 4, 1)):
         layers += [nn.Conv1d(inputs, channels, kernel, stride), nn.SiLU()]
@@ -248,8 +232,7 @@ class DiT(nn.Module):
         self.cfg, self.stage = cfg, ""  # stage: what made the weights
         self.fused = False  # stream by kernels.py: needs a GPU, has no gradient
         self.from_noisy = nn.Linear(P, D)
-        # Conditions pass a bottleneck that all four kinds of patches share: two thirds of the
-        # input layers' parameters saved.
+        # Four kinds of patches share a bottleneck: saves two thirds of the input layers.
         self.see = nn.Linear(P, SEEN)
         self.from_source, self.from_reference = nn.Linear(2 * SEEN, D), nn.Linear(2 * SEEN, D)
         self.place = nn.Parameter(torch.randn(n_tokens(cfg), D) * 0.02)
@@ -277,12 +260,11 @@ class DiT(nn.Module):
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.head.weight.dtype)
 
     def embed(self, source, reference, heard, drop=None):
-        """source, reference (B, T, S, 3S/4, 3) in [-1, 1], see data.middle; of what the source
-        shows under the mask nothing is read. heard (B, back + 16 L + ahead, MELS), see
-        data.hearing; drop (B,) bool: whose sound is withheld -> Cond."""
-        above, own = (to_tokens(x, self.cfg.patch) for x in source.chunk(2, 2))
-        known = own * (1 - self.mask).to(own.dtype)
-        reference = [to_tokens(x, self.cfg.patch) for x in reference.chunk(2, 2)]
+        """source, reference (B, T, S, 3S/4, 3) in [-1, 1], see data.middle; heard (B, back + 16 L +
+        ahead, MELS), see data.hearing; drop (B,) bool: whose sound is withheld -> Cond."""
+        parts = *source.chunk(2, 2), *reference.chunk(2, 2)
+        above, known, *reference = (to_tokens(x, self.cfg.patch) for x in parts)
+        known = known * (1 - self.mask).to(known.dtype)
         seen = [self.see(self.cast(x)) for x in (above, known, *reference)]
         tokens = self.from_source(torch.cat(seen[:2], -1)) + self.place
         tokens = tokens + self.from_reference(torch.cat(seen[2:], -1))
@@ -316,8 +298,8 @@ class DiT(nn.Module):
     def forward(self, x_t, t, cond, causal=False, cache=None, store=False):
         """x_t (B, L, N, P) noisy tokens; t (B, L), (B, 1) or a number: their noise level, or its
         modulation, computed once for many calls -> x0 (B, L, N, P). Bidirectional; `causal` over a
-        whole clip; with a `cache`, x_t is the stream's next chunk. With `store` that chunk is
-        finished (t = 0): its keys are kept, nothing is returned."""
+        clip; with a `cache`, x_t is the stream's next chunk, and with `store` it is finished
+        (t = 0): its keys are kept, nothing is returned."""
         mod = t if torch.is_tensor(t) and t.ndim == 4 else self.modulation(t)
         how = dict(rope=self.rope, cfg=self.cfg, causal=causal, cache=cache, fused=self.fused)
         x = self.from_noisy(self.cast(x_t)) + cond.tokens
@@ -341,9 +323,9 @@ class DiT(nn.Module):
 
 def denoising_loss(net, x, y, weight, edges):
     """Mean of weight (x - y)^2 in the mask and, times `edges`, of the same for the differences
-    between neighbouring pixels in time, y and x. Quadratic in x - y, so that the best guess is
-    still E[x0 | x_t]; but lips, teeth and motion, which are few pixels, count for more than large
-    smooth areas. x, y (B, L, N, P), equal outside the mask; weight (B, L or 1) -> a number."""
+    between neighbouring pixels in time, y and x: lips, teeth and motion, which are few pixels,
+    count for more, and the best guess is still E[x0 | x_t], since all is quadratic.
+    x, y (B, L, N, P), equal outside the mask; weight (B, L or 1) -> a number."""
     error = (x - y) * weight.sqrt()[..., None, None]
     loss = (error.square() * net.mask).mean()
     error = to_pixels(error, net.cfg.patch)  # B T height width 3
@@ -352,7 +334,6 @@ def denoising_loss(net, x, y, weight, edges):
     return loss / net.mask.mean()
 
 
-# ------------------------------------------------------------------------------------ checkpoints
 def network_of(cfg):
     """The network's part of a script's config -> Config."""
     return Config(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
@@ -361,18 +342,16 @@ def network_of(cfg):
 def save_dit(path, net, stage, **more):
     if runtime.ranks()[0] == 0:
         fields = dict(stage=stage, model_config=dataclasses.asdict(net.cfg), **more)
-        runtime.save(path, kind="dit", model=runtime.half(net), **fields)
+        runtime.save(path, net, kind="dit", **fields)
 
 
 def load_dit(path, device="cpu", dtype=torch.float32, like=None):
-    """-> DiT in evaluation mode, from a teacher's or student's checkpoint. Fail: it has not the
-    shape that the config `like` asks for."""
+    """A checkpoint -> DiT in evaluation mode. Fail: not of the shape of the config `like`."""
     state = runtime.load(path, "dit")
     there = state["model_config"]
-    for field in ("size", "patch", "width", "depth", "heads") if like else ():
-        here = getattr(like, field)
-        if there[field] != here:
-            what = f"{field} is {there[field]} there and {here} here"
+    for key in ("size", "patch", "width", "depth", "heads") if like else ():
+        if there[key] != (here := getattr(like, key)):
+            what = f"{key} is {there[key]} there and {here} here"
             raise Fail(f"{path}: {what}; --fresh, or that config")
     net = runtime.restore(path, lambda: DiT(Config(**there)), state["model"])
     net.stage = state["stage"]

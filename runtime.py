@@ -10,11 +10,13 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 
 PRECISION = os.environ.get("PRECISION", "")  # "": what the device multiplies fastest
 PRECISIONS = "of products, else what the device does fast", ("float32", "bfloat16")  # an option's
@@ -41,18 +43,19 @@ def options(cls, argv, usage, presets={}):
     underscores). With presets, {name: fields}, `--config NAME` picks one first."""
     parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
-        default = [str(field.default)]
-        default += [f"{p[field.name]} in {name}" for name, p in presets.items() if field.name in p]
+        name, default = field.name, [str(field.default)]
+        default += [f"{fields[name]} in {key}" for key, fields in presets.items() if name in fields]
         text = f"{field.metadata['help']} (default {', '.join(default)})".replace("%", "%%")
-        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-")])
         how = dict(type=field.type, choices=field.metadata["choices"])
         how = dict(action="store_true") if field.type is bool else how
-        parser.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=text, **how)
+        flags = dict.fromkeys(["--" + name, "--" + name.replace("_", "-")])
+        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(cls):
         if field.type is int and given.get(field.name, math.inf) < field.metadata["least"]:
             raise Fail(f"--{field.name} {given[field.name]} is too small")
-    return cls(**{**presets.get(given.get("config", cls.config if presets else ""), {}), **given})
+    preset = presets[given.get("config", cls.config)] if presets else {}
+    return cls(**preset | given)
 
 
 def stop(number, frame):
@@ -79,7 +82,6 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ---------------------------------------------------------------------------------------- devices
 def find_device(name="", precision=""):
     """The named device, or the best there is; `precision` overrules the environment's."""
     global PRECISION
@@ -128,8 +130,7 @@ def compiled(function, switch, device):
 def keep_memory():
     """Let glibc keep freed memory: else every large tensor's pages are faulted in again, a quarter
     of a training step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -142,8 +143,7 @@ def ranks():
 def join_others(device=""):
     """Meet the processes that torchrun started, each with a GPU unless `device` is cpu."""
     if "LOCAL_RANK" in os.environ:
-        gpu = torch.cuda.is_available() and device != "cpu"
-        if gpu:
+        if gpu := torch.cuda.is_available() and device != "cpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         hours = datetime.timedelta(hours=2)  # the others wait while the first trains the experts
         dist.init_process_group("nccl" if gpu else "gloo", timeout=hours)
@@ -151,22 +151,6 @@ def join_others(device=""):
             sys.stdout = open(os.devnull, "w")  # only the first one speaks
 
 
-def wait():
-    """Until all processes are here."""
-    if ranks()[1] > 1:
-        dist.barrier()
-
-
-def average_gradients(net):
-    """Over the processes, each of which has drawn samples of its own."""
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    together = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(together)
-    for grad, total in zip(grads, together.split([grad.numel() for grad in grads])):
-        grad.copy_(total.view_as(grad) / ranks()[1])
-
-
-# ------------------------------------------------------------------------------------- optimizers
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan 2024): torch.optim.Muon's updates, but all matrices of a
     shape in one batched product, and not in bf16 where that is slow."""
@@ -216,11 +200,14 @@ def rate(step, steps):
 
 
 def update(net, rates):
-    """Step each optimizer at its rate ({optimizer: rate}), with the gradient clipped at 1 -> its
-    norm, a tensor: nothing here waits for the device."""
+    """Step each optimizer at its rate ({optimizer: rate}), by the gradient's mean over the
+    processes, clipped at 1 -> its norm, a tensor: nothing here waits for the device."""
     if ranks()[1] > 1:
-        average_gradients(net)
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(total)
+        vector_to_parameters(total / ranks()[1], gradients)
+    norm = clip_grad_norm_(net.parameters(), 1.0)
     for optimizer, lr in rates.items():
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -231,13 +218,11 @@ def update(net, rates):
 
 @torch.no_grad()
 def ema(average, net, step, horizon):
-    """average follows net, over the last `horizon` steps; over fewer at the beginning, when the
-    weights are still far off."""
+    """average follows net over the last `horizon` steps; at the beginning over fewer."""
     share = min(1, max(1 / horizon, 9 / (10 + step)))
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
 
 
-# ------------------------------------------------------------------------------ files, checkpoints
 def need_file(path):
     if not os.path.isfile(path):
         what = "a folder; name a file in it" if os.path.isdir(path) else "no such file"
@@ -248,18 +233,19 @@ def free_space(folder, need=64 << 20, instead="choose another --out"):
     """Make `folder`; Fail unless it can be written and has `need` bytes free."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise Fail(f"{folder}: cannot be written ({e.strerror}); {instead}") from None
-    if not os.access(folder, os.W_OK):
-        raise Fail(f"{folder}: not writable; {instead}")
+    free = shutil.disk_usage(folder).free
     if free < need:
         raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}")
 
 
-def save(path, **state):
-    """torch.save beside `path`, then rename: never half a checkpoint."""
+def save(path, net=None, /, **state):  # a state may hold another `net`
+    """torch.save beside `path`, then rename: never half a checkpoint. Weights of `net` in bf16."""
     free_space(Path(path).parent)
+    if net:
+        state["model"] = {name: value.bfloat16() for name, value in net.state_dict().items()}
     partial = Path(f"{path}.writing")
     try:
         torch.save(state, partial)
@@ -284,11 +270,6 @@ def load(path, kind):
     return state
 
 
-def half(net):
-    """A network's weights as checkpoints keep them: in bf16."""
-    return {name: value.bfloat16() for name, value in net.state_dict().items()}
-
-
 def restore(path, build, weights):
     """build() with these weights -> a network. Fail: they are of another version of this code."""
     try:
@@ -301,38 +282,39 @@ def restore(path, build, weights):
 
 
 def result(name, cfg, same_world, train):
-    """The path of a stage's checkpoint: one that is there, which is said (made here before; beside
-    --teacher; bundled), or what train(path) makes. One of another drawn world, or older than what
-    it was made from, is not used."""
+    """The path of a stage's checkpoint: one that is there (made here before; beside --teacher;
+    bundled), unless of another drawn world or older than what it was made from; or train's."""
     here, begun = Path(cfg.out, f"{name}.pt"), time.time()
     resume, places = here.with_suffix(".resume.pt"), [here]
-    if name in ("judge", "syncnet", "teacher"):
-        places += [Path(cfg.teacher).with_name(here.name)] if cfg.teacher else []
-        if not cfg.folder or name == "judge":  # the bundled ones have only seen drawn people
-            places.append(Path(__file__).parent / "weights" / cfg.config / here.name)
+    expert, given = name in ("judge", "syncnet"), name == "teacher" and cfg.teacher
+    if expert and cfg.teacher:
+        places.append(Path(cfg.teacher).with_name(here.name))
+    # The bundled ones have only seen drawn people; the judge of a --folder has, too.
+    if name == "judge" or (expert or name == "teacher") and not cfg.folder:
+        places.append(Path(__file__).parent / "weights" / cfg.config / here.name)
     if cfg.fresh:
         resume.unlink(missing_ok=True)
     if cfg.fresh or resume.is_file():
         places = []
-    if given := name == "teacher" and cfg.teacher and Path(cfg.teacher):
-        places = [given]
-    wait()
-    for path in filter(Path.is_file, places):
-        state = load(path, "syncnet" if name in ("judge", "syncnet") else "dit")
+    if ranks()[1] > 1:
+        dist.barrier()  # so that all see the same files
+    for path in [Path(cfg.teacher)] if given else filter(Path.is_file, places):
+        state = load(path, "syncnet" if expert else "dit")
         before = path.with_name({"init": "teacher.pt", "student": "init.pt"}.get(name, "-"))
         if before.is_file() and before.stat().st_mtime > path.stat().st_mtime:
             print(f"{name}: {path} is older than {before}: made anew")
-        elif path != given and not same_world(state.get("world")):
+        elif not given and not same_world(state.get("world")):
             print(f"{name}: {path} is of other drawn people or another log_mel: made anew")
         else:
-            now, was = dataclasses.asdict(cfg), state.get("options", {}) if path == here else {}
-            changed = [key for key in was.keys() - WHERE if was[key] != now.get(key, was[key])]
-            other = [f"--{key} {was[key]}" for key in changed]
-            made = f", made with {' '.join(sorted(other))}" if other else ""
+            was = state.get("options", {}) if path == here else {}
+            other = {k: v for k, v in was.items() if k not in WHERE and getattr(cfg, k, v) != v}
+            made = "".join(f" --{k} {v}" for k, v in other.items())
+            made = ", made with" + made if other else ""
             print(f"{name}: {path}{made} (--fresh makes everything anew)", flush=True)
             return path
     train(here)
-    wait()
+    if ranks()[1] > 1:
+        dist.barrier()  # until the file is there
     resume.unlink(missing_ok=True)
     print(f"{name}: {here}, {time.time() - begun:.0f} s", flush=True)
     return here
@@ -346,62 +328,57 @@ class Progress:
     def __init__(self, folder, stage, steps, rng, **parts):
         self.stage, self.steps, self.rng, self.parts = stage, steps, rng, parts
         self.log, self.path = Path(folder, "log.jsonl"), Path(folder, f"{stage}.resume.pt")
-        self.first, self.start = 0, time.time()
-        self.drawn = self.saved = self.start
+        self.first, self.start, self.saved = 0, time.time(), time.time()
         if self.path.is_file():
             state = load(self.path, "resume")
-            self.first = state["step"]
             try:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
             except (KeyError, RuntimeError, ValueError):
                 what = "of a network of another shape; --fresh, or delete it"
                 raise Fail(f"{self.path}: {what}") from None
+            self.first = state["step"]
             rng.set_state(state["rng"])
             if ranks()[0]:  # the state is the first process's: draw others
                 rng.manual_seed(rng.initial_seed() + self.first)
             print(f"{stage}: going on after step {self.first} ({self.path})", flush=True)
-        if ranks()[0] == 0:  # without what an earlier run said of the steps to come
-            rows = [r for r in self.rows() if r["stage"] != stage or r["step"] <= self.first]
-            self.log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        # Without what an earlier run said of the steps to come.
+        self.rows = [r for r in rows if r["stage"] != stage or r["step"] <= self.first]
 
     def __iter__(self):
         return iter(range(self.first + 1, self.steps + 1))
 
-    def rows(self):
-        lines = self.log.read_text().splitlines() if self.log.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
-
     def __call__(self, step, look, **values):
-        """Tell `values` (numbers, or tensors, which only here are waited for) forty times a stage,
-        and look() -> more of them, four times. Then save. Fail: not finite; nothing is saved."""
+        """Tell `values` (tensors, which only here are waited for) forty times a stage, and look()
+        -> more of them, four times. Every half minute save, and draw the curves. Fail: not finite;
+        nothing is saved."""
         stride = max(1, self.steps // 40)
         if step % stride and step < self.steps:
             return
-        values = {name: float(torch.as_tensor(x).detach()) for name, x in values.items()}
+        values = {name: value.item() for name, value in values.items()}
         if not all(map(math.isfinite, values.values())):
             advice = "run it again to go on from the last checkpoint, or with a lower learning rate"
             raise Fail(f"{self.stage} step {step}: not finite ({values}); {advice}")
         if ranks()[0]:
             return
-        values |= look() if step % (10 * stride) == 0 or step == self.steps else {}
+        if step % (10 * stride) == 0 or step == self.steps:
+            values |= look()
         spent = time.time() - self.start
-        row = dict(stage=self.stage, step=step, seconds=spent, **values)
-        with open(self.log, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        self.rows.append(dict(stage=self.stage, step=step, seconds=spent, **values))
+        self.log.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         left = spent / (step - self.first) * (self.steps - step)
         words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
         words += f" | {spent:.0f} s, {left:.0f} left"
         print(f"{self.stage:8} step {step:5d}/{self.steps} | {words}", flush=True)
-        self.save(step)
-        if time.time() - self.drawn > 30 or step == self.steps:
-            self.curves()
-
-    def save(self, step, every=30):
-        if time.time() - self.saved > every:
+        due = time.time() - self.saved > 30
+        if due:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             save(self.path, kind="resume", step=step, rng=self.rng.get_state(), **states)
             self.saved = time.time()
+        if due or step == self.steps:
+            self.curves()
 
     def curves(self):
         import matplotlib.pyplot as plt  # a second, which other commands need not wait
@@ -410,12 +387,10 @@ class Progress:
         keys = ["loss", "norm", "critic_loss", "sharp", "sync_c", "reward_c", "psnr", "landmark"]
         for axis, key in zip(axes.flat, keys):
             axis.set(title=key, xlabel="share of the stage")
-            rows = [row for row in self.rows() if key in row]
+            rows = [row for row in self.rows if key in row]
             for stage in dict.fromkeys(row["stage"] for row in rows):
-                line = [(row["step"], row[key]) for row in rows if row["stage"] == stage]
-                share = [step / line[-1][0] for step, _ in line]
-                axis.plot(share, [value for _, value in line], ".-", label=stage)
+                steps, values = zip(*((r["step"], r[key]) for r in rows if r["stage"] == stage))
+                axis.plot([step / steps[-1] for step in steps], values, ".-", label=stage)
                 axis.legend()
         figure.savefig(self.log.with_name("curves.png"), dpi=60)
         plt.close(figure)
-        self.drawn = time.time()

@@ -3,11 +3,10 @@
     python syncnet.py --video CLIP.mp4                  # Sync-C, Sync-D and offset of a clip
     python syncnet.py --video CLIP.mp4 --audio X.wav    # with other sound; --box where the face is
 
-Two towers (after SyncNet, Chung and Zisserman 2016): 5 frames of the mouth rectangle, and the 20
-mel frames that go with them, each to a unit vector. Trained by InfoNCE over the moments of a clip,
-where only the timing tells right from wrong. distill.py trains two, on different people: `syncnet`
-gives the reward, `judge` only judges. Both have only seen drawn faces: of recorded ones their score
-says nothing.
+Two towers (after SyncNet, Chung and Zisserman 2016) make unit vectors of 5 frames of the mouth
+rectangle and of the 20 mel frames that go with them, trained by InfoNCE over the moments of a clip,
+where only timing tells right from wrong. distill.py trains two, on different people: `syncnet`
+gives the reward, `judge` only judges. Of recorded faces their score says nothing.
 """
 
 import dataclasses
@@ -41,7 +40,7 @@ class Config:
 class SyncNet(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        c, self.cfg = cfg.channels, cfg
+        c, E, self.cfg = cfg.channels, cfg.embed, cfg
         self.rectangle = cfg.size // 2, cfg.size * 3 // 4
         cells = -(-self.rectangle[0] // 8) * -(-self.rectangle[1] // 8)
         layers = []
@@ -49,49 +48,35 @@ class SyncNet(nn.Module):
             layers += [nn.Conv2d(inputs, outputs, kernel, 2, kernel // 2), nn.SiLU()]
         layers += [nn.Flatten(1), nn.Linear(3 * c * cells, 4 * c), nn.SiLU()]
         self.frame = nn.Sequential(*layers)
-        layers = nn.Conv1d(4 * c, 4 * c, SPAN), nn.SiLU(), nn.Conv1d(4 * c, cfg.embed, 1)
-        self.span = nn.Sequential(*layers)
-        self.sound, self.sound_out = sound_tower(4 * c), nn.Conv1d(4 * c, cfg.embed, 1)
-        # The mouth's opening and width in tenths of the picture's side, read off each frame: for
-        # the landmark error; lip-sync does not use it.
+        self.span = nn.Sequential(nn.Conv1d(4 * c, 4 * c, SPAN), nn.SiLU(), nn.Conv1d(4 * c, E, 1))
+        self.sound, self.sound_out = sound_tower(4 * c), nn.Conv1d(4 * c, E, 1)
+        # The mouth's opening and width in tenths of the picture's side: for the landmark error.
         self.mouth = nn.Linear(4 * c, 2)
-        with torch.no_grad():
-            self.mouth.bias.copy_(torch.tensor([0.5, 3.4]))  # what is usual
+        self.mouth.bias.data = torch.tensor([0.5, 3.4])  # what is usual
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
     def watch(self, rectangle):
         """rectangle (B, T, S/2, 3S/4, 3) in [-1, 1] -> what it sees in each frame (B, T, features),
-        its embedding of every five (B, T - 4, embed), of unit length, and the mouth (B, T, 2): its
-        opening and width as fractions of the picture's side."""
+        its embedding of every five (B, T - 4, embed), and the mouth's opening and width (B, T, 2)
+        as fractions of the picture's side."""
         B, T = rectangle.shape[:2]
         x = rectangle.flatten(0, 1).permute(0, 3, 1, 2)
         if x.shape[2:] != self.rectangle:
-            how = dict(mode="bilinear", antialias=True, align_corners=False)
-            x = F.interpolate(x.float(), size=self.rectangle, **how)
+            x = F.interpolate(x.float(), self.rectangle, mode="bilinear", antialias=True)
         seen = self.frame(x.contiguous(memory_format=torch.channels_last)).view(B, T, -1)
-        return seen, unit(self.span(seen.mT)), 0.1 * self.mouth(seen).float()
+        v = F.normalize(self.span(seen.mT).float().mT, dim=-1)
+        return seen, v, 0.1 * self.mouth(seen).float()
 
     def listen(self, mel):
-        """mel (B, 4 T, MELS) -> what goes with every five frames (B, T - 4, embed), unit length."""
-        return unit(self.sound_out(self.sound(mel.mT)))
-
-    def forward(self, rectangle, mel):
-        """-> the two embeddings and the mouth, as above."""
-        _, v, shape = self.watch(rectangle)
-        return v, self.listen(mel), shape
-
-
-def unit(x):
-    """(B, E, n) -> (B, n, E) of unit length, float32."""
-    return F.normalize(x.float().mT, dim=-1)
+        """mel (B, 4 T, MELS) -> an embedding for every five frames (B, T - 4, embed)."""
+        return F.normalize(self.sound_out(self.sound(mel.mT)).float().mT, dim=-1)
 
 
 def view_loss(net, guess, truth):
     """How differently the expert sees two rectangles (B, T, S/2, 3S/4, 3) in [-1, 1] -> a number:
-    frame by frame (a perceptual loss, as LPIPS, Zhang et al. 2018, but by eyes that know mouths),
-    and, a fifth each, in the embedding of five frames and in the mouth read off, of which 3% of the
-    side count as 1. It has a gradient, and the reward has none, since it pulls towards one known
-    picture, where a reward would pull towards whatever pixels please the expert."""
+    frame by frame (as LPIPS, but by eyes that know mouths) and, a fifth each, in the embedding of
+    five frames and in the mouth, of which 3% of the side count as 1. The reward has no gradient,
+    this has: it pulls towards one known picture, not towards whatever pleases the expert."""
     with torch.no_grad():
         true_seen, true_v, true_shape = net.watch(truth)
     seen, v, shape = net.watch(guess)
@@ -103,8 +88,7 @@ def view_loss(net, guess, truth):
 
 
 def nce(v, a, scale):
-    """InfoNCE over the moments of each clip, both ways. v, a (B, n, E) -> the loss, and how often
-    the right moment wins."""
+    """InfoNCE over a clip's moments, both ways. v, a (B, n, E) -> the loss, the share of hits."""
     logits = scale * v @ a.mT  # B n n
     target = torch.arange(v.shape[1], device=v.device).expand(v.shape[0], -1)
     loss = (F.cross_entropy(logits.mT, target) + F.cross_entropy(logits, target)) / 2
@@ -112,14 +96,11 @@ def nce(v, a, scale):
 
 
 def sync(v, a):
-    """Sync-C, Sync-D, offset from the embeddings (B, n, E) -> three (B,) tensors.
-
-    The two are compared at each offset -15..15. Sync-D is their least mean distance, Sync-C the
-    median less the least (Chung and Zisserman 2016). Offset in video frames, positive where the
-    sound comes late."""
-    n = v.shape[1]
+    """Embeddings (B, n, E) -> Sync-C, Sync-D, offset, each (B,). Of the mean distances at offsets
+    -15..15 Sync-D is the least, and Sync-C the median less the least (Chung and Zisserman 2016).
+    Offset in video frames, positive where the sound comes late."""
+    n, curve = v.shape[1], []
     reach = min(REACH, n - 1)
-    curve = []
     for o in range(-reach, reach + 1):
         picture = v[:, max(0, -o) : n - max(0, o)]
         sound = a[:, max(0, o) : n - max(0, -o)]
@@ -131,8 +112,8 @@ def sync(v, a):
 
 @torch.no_grad()
 def score(net, rectangle, mel):
-    """Sync-C, Sync-D, offset, each (B,), of rectangles (B, T, S/2, 3S/4, 3), uint8 or in [-1, 1],
-    and their mel (B, 4 T, MELS). Fail: under 12 frames."""
+    """`sync` of rectangles (B, T, S/2, 3S/4, 3), uint8 or in [-1, 1], and their mel (B, 4 T, MELS).
+    Fail: under 12 frames."""
     T = rectangle.shape[1]
     if T < 12:
         raise Fail(f"{T} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
@@ -144,7 +125,6 @@ def score(net, rectangle, mel):
         return sync(torch.cat(v, 1), net.listen(mel))
 
 
-# --------------------------------------------------------------------------- how a dub is judged
 def mouth_psnr(dub, truth):
     """PSNR in dB inside the mask. dub, truth (n, T, S, S, 3) uint8 -> (n,)."""
     mask = mouth_mask(dub.shape[2]).to(dub.device)[:, :, None]
@@ -153,8 +133,8 @@ def mouth_psnr(dub, truth):
 
 
 def gradient_energy(video):
-    """Mean squared difference of neighbouring pixels' brightness in the mask. A dub's over the
-    truth's says how sharp it is. video (n, T, S, S, 3) uint8 -> (n,)."""
+    """Mean squared difference of neighbouring pixels' brightness in the mask: how sharp it is.
+    video (n, T, S, S, 3) uint8 -> (n,)."""
     mask = mouth_mask(video.shape[2]).to(video.device)
     gray = video.float().mean(-1)
     across = (gray.diff(dim=3).square() * mask[:, 1:] * mask[:, :-1]).sum((2, 3))
@@ -164,25 +144,24 @@ def gradient_energy(video):
 
 @torch.no_grad()
 def measures(dub, pairs, judge):
-    """All that is measured of dubs (n, T, S, S, 3) uint8 of data.Pairs -> a dict of (n,) tensors:
-
-    sync_c; psnr (dB, in the mask); landmark: mean error of the mouth's opening and width as the
-    judge reads them off, in percent of the side; gain: slope of that opening over the truth's, 1 if
-    the mouth opens as far, less if it mumbles; sharp: 1 if as sharp as the truth."""
-    sync_c, psnr, landmark, gain, sharp = [], [], [], [], []
-    for i in range(len(dub)):  # one by one: whatever the batch, it fits into memory
-        one, true = dub[i : i + 1], pairs.truth[i : i + 1]
-        sync_c.append(score(judge, mouth(one), pairs.mel[i : i + 1])[0])
-        psnr.append(mouth_psnr(one, true))
-        sharp.append(gradient_energy(one) / gradient_energy(true))
+    """Dubs (n, T, S, S, 3) uint8 of data.Pairs -> a dict of (n,) tensors: sync_c; psnr in the mask;
+    landmark: mean error of the mouth's opening and width, in percent of the side; gain: slope of
+    the opening over the truth's, under 1 for a mumbler; sharp: 1 if as sharp as the truth."""
+    rows = []
+    videos = dub.split(1), pairs.truth.split(1)  # one by one: whatever the batch, it fits
+    for one, true, mel, drawn in zip(*videos, pairs.mel.split(1), pairs.mouth.split(1)):
         with runtime.mixed(dub.device):
             read = judge.watch(to_float(mouth(one)))[2]
-        drawn = pairs.mouth[i : i + 1]
-        landmark.append(100 * (read - drawn).abs().mean((1, 2)))
         opening, truth = (x[..., 0] - x[..., 0].mean(1, keepdim=True) for x in (read, drawn))
-        gain.append((opening * truth).sum(1) / truth.square().sum(1))
-    found = dict(sync_c=sync_c, psnr=psnr, landmark=landmark, gain=gain, sharp=sharp)
-    return {name: torch.cat(values) for name, values in found.items()}
+        row = dict(
+            sync_c=score(judge, mouth(one), mel)[0],
+            psnr=mouth_psnr(one, true),
+            landmark=100 * (read - drawn).abs().mean((1, 2)),
+            gain=(opening * truth).sum(1) / truth.square().sum(1),
+            sharp=gradient_energy(one) / gradient_energy(true),
+        )
+        rows.append(row)
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 @torch.no_grad()
@@ -194,15 +173,13 @@ def features(judge, dub):
 
 
 def frechet(a, b):
-    """Frechet distance of two sets of features (n, E), as FID is: of the Gaussians with their means
-    and covariances, |m - m'|^2 + tr(C + C' - 2 (C C')^1/2). What distribution matching is for:
-    a blur is far, and so is what guidance exaggerates."""
+    """Frechet distance of two sets of features (n, E), as FID is: |m - m'|^2 + tr(C + C' -
+    2 (C C')^1/2). What distribution matching is for: a blur is far, and so is exaggeration."""
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
+    apart = (a.mean(0) - b.mean(0)).square().sum()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
-    return (
-        (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
-    ).item()
+    return (apart + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
 def means(dub, pairs, judge):
@@ -210,10 +187,8 @@ def means(dub, pairs, judge):
     return {name: values.mean().item() for name, values in measures(dub, pairs, judge).items()}
 
 
-# --------------------------------------------------------------------------------------- training
 def train(path, cfg, clips, steps, seed, held_out, **more):
-    """Train an expert on `clips` (data.Clips) and save it to `path`. Prints how it does on
-    `held_out` (data.Pairs)."""
+    """Train an expert on data.Clips and save it to `path`; print how it does on data.Pairs."""
     torch.manual_seed(seed)
     device, name, start = clips.video.device, Path(path).stem, time.time()
     rng = torch.Generator(device).manual_seed(seed)
@@ -231,8 +206,9 @@ def train(path, cfg, clips, steps, seed, held_out, **more):
         light = torch.randn(BATCH, 1, 1, 1, 1, generator=rng, device=device)
         rectangle = to_float(video.chunk(2, 2)[1]) * (1 + 0.1 * light)
         with runtime.mixed(device):
-            v, a, read = net(rectangle, mel + 0.05 * level)
-        loss, accuracy = nce(v, a, net.log_scale.exp().clamp(max=100))
+            _, v, read = net.watch(rectangle)
+            a = net.listen(mel + 0.05 * level)
+        loss, hits = nce(v, a, net.log_scale.exp().clamp(max=100))
         if drawn:
             loss = loss + ((read - shape) / 0.03).square().mean()
         optimizer.zero_grad()
@@ -246,13 +222,13 @@ def train(path, cfg, clips, steps, seed, held_out, **more):
             wrong, _, _ = score(net, mouth(held_out.truth), held_out.mel.roll(1, 0))
             found = (offset.abs() <= 1).float().mean()
             words = (
-                f"{name:8} step {step:5d}/{steps} | loss {loss:.3f} | right moment {accuracy:.1%}"
+                f"{name:8} step {step:5d}/{steps} | loss {loss:.3f} | right moment {hits:.1%} | "
             )
-            words += f" | held-out: offset within a frame {found:.0%}, Sync-C {right.mean():.3f}, "
+            words += f"held-out: offset within a frame {found:.0%}, Sync-C {right.mean():.3f}, "
             words += f"wrong sound {wrong.mean():.3f} | {time.time() - start:.0f} s"
             print(words, flush=True)
     fields = dict(config=dataclasses.asdict(cfg), seed=seed, steps=steps, **more)
-    runtime.save(path, kind="syncnet", model=runtime.half(net), **fields)
+    runtime.save(path, net, kind="syncnet", **fields)
 
 
 def load_syncnet(path, device="cpu"):
@@ -262,16 +238,8 @@ def load_syncnet(path, device="cpu"):
 
 
 def find_weights(name, given=""):
-    """The checkpoint called `name`: as given, bundled, or made here last. Fail: none."""
-    if given:
-        runtime.need_file(given)
-        return Path(given)
-    bundled = Path(__file__).parent / f"weights/small/{name}.pt"
-    made = sorted(Path().glob(f"out/*/{name}.pt"), key=lambda path: -path.stat().st_mtime)
-    for path in [bundled, *made]:
-        if path.is_file():
-            return path
-    raise Fail(f"no {name} yet: run python distill.py --config tiny first, or name one")
+    """The path of a checkpoint: the given one, or the bundled one called `name`."""
+    return given or Path(__file__).parent / f"weights/small/{name}.pt"
 
 
 @dataclasses.dataclass
@@ -298,15 +266,12 @@ def main(argv):
     if n < 12:
         raise Fail(f"{n} frames with sound are too few to judge lip-sync; give at least 12")
     mel = data.log_mel(audio[: n * RATE // FPS])[None].to(device)
-    found = score(net, torch.stack(frames[:n])[None].to(device), mel)
-    c, d, offset = (x.item() for x in found)
+    c, d, offset = (x.item() for x in score(net, torch.stack(frames[:n])[None].to(device), mel))
     late = f"{offset:+d} frames ({1000 * offset // FPS:+d} ms)"
     print(f"Sync-C {c:.3f}  Sync-D {d:.3f}  offset {late}  over {n} frames")
     if c < 0.2:
-        print(
-            "So low means that mouth and sound do not go together, that --box is not on the face,"
-        )
-        print("hairline to chin, or that it is not a drawn one. (Drawn people: about .7.)")
+        print("So low means that mouth and sound do not go together, that --box is not on the face")
+        print("(hairline to chin), or that it is not a drawn one. (Drawn people: about .7.)")
 
 
 if __name__ == "__main__":
