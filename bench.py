@@ -28,9 +28,9 @@ import model
 import runtime
 import sample
 import syncnet
-from faces import FPS, RATE, SPLITS, draw, dub_pair
+from faces import FPS, RATE, SPLITS, draw, dub_pair, mouth_rectangle
 from model import load_dit
-from runtime import Fail, opt
+from runtime import Fail, opt, table
 from sample import STEPS, dub_student, dub_teacher, tau
 from syncnet import features, frechet, load_syncnet, measures
 
@@ -58,7 +58,7 @@ class Options:
 def checkpoint(cfg, name):
     """NAME.pt in the folder --weights. A teacher or judge that is not there is the one that the
     student there was distilled beside: where its --teacher lies, or bundled."""
-    bundled = Path(__file__).parent / "weights" / cfg.config
+    bundled = runtime.BUNDLED / cfg.config
     folder = Path(cfg.weights or bundled)
     student, places = folder / "student.pt", [folder]
     if name != "student":
@@ -77,17 +77,6 @@ def networks(cfg, device, *names):
     return found + [load_dit(checkpoint(cfg, name), device, dtype) for name in names]
 
 
-def table(first, rows, columns):
-    """Print {name: {column: value, column_ci: half an interval}} as Markdown."""
-    print(f"\n| {first} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
-    for name, row in rows.items():
-        print(f"| {name}", end="")
-        for key, digits in columns.items():
-            error = f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
-            print(f" | {row[key]:.{digits}f}{error}", end="")
-        print(" |")
-
-
 def judged(dub, pairs, judge):
     """Means over people, and the Fréchet distance, with half their 95% intervals."""
     row, n = {}, len(dub)
@@ -101,7 +90,6 @@ def judged(dub, pairs, judge):
     return row
 
 
-# ------------------------------------------------------------------------------------------ speed
 def recipe_of(config):
     """1.3B: the paper's network at its 512 pixels; 384 tokens a latent frame (paper: 1,024)."""
     large = dict(size=512, patch=16, width=1536, depth=30, heads=12)
@@ -165,7 +153,6 @@ def speed(cfg, device):
     return result if cfg.config == "1.3B" else dict(result, train=training(recipe, device))
 
 
-# ---------------------------------------------------------------------------------------- quality
 def by_parts(dub, net, pairs, **how):
     """dub(net, source, mel) of all pairs, 8 at a time, so that they fit into any memory."""
     parts = zip(pairs.source.split(8), pairs.mel.split(8))
@@ -191,7 +178,6 @@ def quality(cfg, device):
     return dict(rows=rows, all=rows, ceiling=rows["truth, other detail"])
 
 
-# ------------------------------------------------------------------------------------- trajectory
 LANDINGS = range(5, 50, 5)  # j at which a second step may begin
 MOUTHS = {("guidance 1", j): f"step {j + 1} of 50" for j in (0, 4, 19, 49)}  # to look at
 MOUTHS |= {("student", 1): "student, 1st guess", ("student", 2): "2nd", ("truth", 0): "truth"}
@@ -309,7 +295,7 @@ def trajectory(cfg, device):
         for key, value in row.items():
             rows.setdefault(line, {}).setdefault(key, []).append(value)
         if (line, x) in MOUTHS:
-            three = data.mouth(frames)[range(len(moments)), moments].flatten(0, 1).cpu()
+            three = mouth_rectangle(frames)[range(len(moments)), moments].flatten(0, 1).cpu()
             mouths[f"{MOUTHS[line, x]}\nsharp {row['sharp']:.2f}"] = three
     path = f"{cfg.out}/trajectory-{cfg.config}"
     people = f"{cfg.clips} held-out people, noise seed 0: mean and standard error."
@@ -324,7 +310,6 @@ def trajectory(cfg, device):
     return dict(recommended=advice, rows=rows)
 
 
-# ----------------------------------------------------------------------------------------- ablate
 VARIANTS = {  # and the paper's Sync-C and FVD
     "init alone": dict(stage="init"), "as it is (paper: 6.88, 119)": {},
     "never guided (paper: 6.14, 121)": dict(sync_window="off"),
@@ -361,7 +346,6 @@ def ablate(cfg, device):
     return dict(rows=rows)
 
 
-# ------------------------------------------------------------------------------------------- long
 def long(cfg, device):
     """Is a stream's last minute as good as its first? In clips of ten seconds."""
     judge, student = networks(cfg, device, "student")
@@ -382,7 +366,6 @@ def long(cfg, device):
     return dict(first=rows["student, first"], last=rows["student, last"], rows=rows)
 
 
-# -------------------------------------------------------------------------------------- attention
 @torch.no_grad()
 def attention(cfg, device):
     """One block's attention in one pass of the stream, the window full, QK-norm and RoPE included:

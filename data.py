@@ -1,12 +1,9 @@
-"""Sound, the two rectangles of a picture, training batches, and real video files.
+"""Sound, tokens, training batches, and real video files.
 
     python data.py              # out/data/clips.mp4 and sheet.png: the drawn people of faces.py
 
 Video is float in [-1, 1] inside and uint8 RGB outside, at 25 frames a second; audio is float32 mono
-at 16 kHz. A picture is a square of S x S pixels with a face in it. Only its middle three quarters
-matter, cut at half height: the rectangle *above* (eyes, which tell the pose) is always known, and
-the *mouth rectangle* below, S/2 x 3S/4, holds the mask. Tokens tile the mouth rectangle, and the
-lip-sync expert looks at nothing else.
+at 16 kHz.
 """
 
 import contextlib
@@ -28,7 +25,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from faces import FPS, RATE, SPLITS, draw, dub_pair
+from faces import FPS, RATE, SPLITS, draw, dub_pair, middle, square
 from runtime import Fail, free_space, need_file, opt, options, run
 
 HOP = 160  # samples between mel frames: 100 a second, 4 to a video frame
@@ -40,7 +37,6 @@ CLIP_LATENTS = 30  # latent frames of a training clip, 4.8 s: some are left for 
 STILL = 0.2  # share of reference chunks that are one frame held still, as a stream starts with
 
 
-# ------------------------------------------------------------------------------------------ sound
 @functools.cache
 def mel_filters():
     """(201, MELS): triangles on the HTK mel scale."""
@@ -78,25 +74,6 @@ def hearing(mel, start=0, end=None):
     return F.pad(part, (0, 0, before, after), value=SILENCE)
 
 
-# ----------------------------------------------------------------------------- the two rectangles
-def middle(video):
-    """(..., S, S, 3) -> (..., S, 3S/4, 3): above in the upper half, the mouth rectangle below."""
-    side = video.shape[-2]
-    return video[..., side // 8 : side - side // 8, :]
-
-
-def mouth(video):
-    """(..., S, S, 3) -> its mouth rectangle (..., S/2, 3S/4, 3)."""
-    return middle(video)[..., video.shape[-3] // 2 :, :, :]
-
-
-def paste(rectangle, video):
-    """Put mouth rectangles (..., S/2, 3S/4, 3) into videos (..., S, S, 3) -> new videos."""
-    out = video.clone()
-    mouth(out).copy_(rectangle)
-    return out
-
-
 def to_tokens(rectangle, p):
     """(B, T, S/2, 3S/4, 3) -> (B, L, N, P): a token is 4 frames of p x p pixels, row by row."""
     B, T, height, width, _ = rectangle.shape
@@ -123,7 +100,6 @@ def to_uint8(video):
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------- batches
 class Pairs(NamedTuple):
     """Dubs to be made, and their answer."""
 
@@ -133,18 +109,13 @@ class Pairs(NamedTuple):
     mouth: torch.Tensor  # (n, T, 2), the truth's opening and width, see faces.Clip
 
 
-def pairs_of(clips, device):
-    """[(source, truth)] of Clips -> Pairs."""
-    sources, truths = zip(*clips)
-    mel = [log_mel(truth.audio) for truth in truths]
-    shape = [torch.from_numpy(truth.mouth) for truth in truths]
-    videos = [clip.video for clip in sources], [clip.video for clip in truths]
-    return Pairs(*(torch.stack(x).to(device) for x in (*videos, mel, shape)))
-
-
 def held_out(n, size, split, device, latents=24):
     """Pairs of n people of `split`, who say other words."""
-    return pairs_of([dub_pair(i, 4 * latents, size, split, device) for i in range(n)], device)
+    clips = [dub_pair(i, 4 * latents, size, split, device) for i in range(n)]
+    videos = [torch.stack([clip.video for clip in part]) for part in zip(*clips)]
+    mel = torch.stack([log_mel(truth.audio) for _, truth in clips])
+    shape = torch.stack([torch.from_numpy(truth.mouth) for _, truth in clips])
+    return Pairs(*(x.to(device) for x in (*videos, mel, shape)))
 
 
 class Batch(NamedTuple):
@@ -264,7 +235,6 @@ def same_world(other):
     return (other - world()).abs().max().item() < 0.02
 
 
-# ------------------------------------------------------------------------------------- real files
 # With all tracks in use, time 0 of each is the file's (else MPEG-TS starts each at its own).
 ALL_TRACKS = "-map 0:v? -map 0:a? -c copy -f null -".split()
 # Sound at its time, and silence where there is none; less than a frame off is jitter.
@@ -393,37 +363,6 @@ def read_video(path):
             raise EOFError
 
 
-def centred(height, width):
-    side = min(height, width)
-    return (width - side) // 2, (height - side) // 2, side
-
-
-def square(frame, size, box=None):
-    """Cut box (x, y, side; default: the largest centred square) out of frame (H, W, 3) uint8 and
-    resize it -> (size, size, 3)."""
-    x, y, side = box or centred(*frame.shape[:2])
-    cut = frame[y : y + side, x : x + side]
-    if side == size:
-        return cut
-    cut = cut.permute(2, 0, 1)[None].float()
-    out = F.interpolate(cut, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return out[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
-
-
-def parse_box(text, frame):
-    """A text, X,Y,SIDE -> (x, y, side) in pixels of frame (H, W, 3); none: the centred square."""
-    height, width = frame.shape[:2]
-    if not text:
-        return centred(height, width)
-    try:
-        x, y, side = (int(part) for part in text.split(","))
-    except ValueError:
-        raise Fail(f"--box {text}: give three whole numbers, X,Y,SIDE") from None
-    if min(x, y) < 0 or side < 16 or x + side > width or y + side > height:
-        raise Fail(f"--box {text}: not inside the picture of {width}x{height}, or under 16 pixels")
-    return x, y, side
-
-
 @contextlib.contextmanager
 def write_video(path, size, audio=None):
     """`with write_video(path, (width, height), audio) as put: put(frame)`: H.264 at 25 fps and AAC.
@@ -460,17 +399,16 @@ def write_video(path, size, audio=None):
 @dataclasses.dataclass
 class Options:
     out: str = opt("out/data", "folder")
-    size: int = opt(128, "pixels", least=16)
 
 
 def main(argv):
     cfg = options(Options, argv, __doc__)
     free_space(cfg.out)
-    clips = [draw(SPLITS["held-out"] + 2 * i, 96, cfg.size) for i in range(8)]
+    clips = [draw(SPLITS["held-out"] + 2 * i, 96, 128) for i in range(8)]
     rows = [torch.cat(list(clip.video[::12]), 1) for clip in clips]
     matplotlib.image.imsave(f"{cfg.out}/sheet.png", torch.cat(rows).numpy())
     sound = np.concatenate([clip.audio for clip in clips])
-    with write_video(f"{cfg.out}/clips.mp4", (cfg.size, cfg.size), sound) as put:
+    with write_video(f"{cfg.out}/clips.mp4", (128, 128), sound) as put:
         for frame in torch.cat([clip.video for clip in clips]):
             put(frame.numpy())
     print(f"{cfg.out}/sheet.png: 8 moments of 8 people; {cfg.out}/clips.mp4: with sound")

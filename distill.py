@@ -25,10 +25,10 @@ import runtime
 import sample
 import syncnet
 from data import same_world, to_float, to_pixels, to_tokens
-from model import DiT, denoising_loss, load_dit, network_of, save_dit
+from model import DiT, denoising_loss, load_dit, network_of, save_dit, seconds_a_pass
 from runtime import Fail, Progress, adam_w, compiled, ema, mixed, opt, ranks, rate, update
 from sample import add_noise, dub_student, guided, noise_like, rollout, shift, student_times, tau
-from syncnet import means
+from syncnet import means, reward_weights
 
 AUDIO_DROP = 0.12  # of the teacher's clips are told nothing, for guidance
 INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
@@ -88,12 +88,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def generator(seed, device):
-    """All random numbers of a stage, on this device; others for each process."""
-    torch.manual_seed(seed)
-    return torch.Generator(device).manual_seed(seed + 1000 * ranks()[0])
-
-
 def times_like(batch, s, rng, lowest):
     """(B, 1) times in lowest...999, uniform, then shifted by s."""
     u = torch.rand(len(batch.source), 1, generator=rng, device=rng.device)
@@ -109,41 +103,21 @@ def target(batch):
     return to_float(batch.source.chunk(2, 2)[1])
 
 
-def noise_for(net, B, cfg, rng):
-    """(B, L, N, P)"""
-    return torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=rng.device)
-
-
 def look_at(student, watch, judge):
     return means(dub_student(student, watch.source, watch.mel), watch, judge)
 
 
 def minutes(cfg, device):
-    """Roughly what the job takes here: one clip drawn and one pass are timed, and passes counted, a
+    """Roughly what the job takes here: a clip drawn and a pass are timed, and passes counted, a
     backward one as two."""
-    net, T = DiT(network_of(cfg)).to(device, runtime.fast_dtype(device)), 4 * cfg.latents
-
-    def seconds(work):
-        work()  # warms up
-        runtime.synchronize(device)
-        begun = time.time()
-        work()
-        runtime.synchronize(device)
-        return time.time() - begun
-
-    def one_pass():
-        x = torch.zeros(4, T, cfg.size, cfg.size * 3 // 4, 3, device=device)
-        cond = net.embed(x, x, data.hearing(torch.zeros(4, 4 * T, data.MELS, device=device)))
-        return net(cond.known, 0.5, cond)
-
     found = cfg.teacher, f"{cfg.out}/teacher.pt", f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
-    steps = cfg.init_steps
-    if cfg.fresh or not any(map(os.path.isfile, found)):
-        steps += cfg.teacher_steps
-    passes = 3.5 * cfg.batch * steps
+    teacher_steps = 0 if any(map(os.path.isfile, found)) and not cfg.fresh else cfg.teacher_steps
+    passes = 3.5 * cfg.batch * (teacher_steps + cfg.init_steps)
     passes += 6 * (cfg.critic_updates + 1) * cfg.dmd_batch * cfg.dmd_steps
-    clip = seconds(lambda: data.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device))
-    return (clip * cfg.clips + seconds(torch.no_grad()(one_pass)) / 4 * passes) / 60
+    one = seconds_a_pass(network_of(cfg), cfg.latents, device)
+    begun = time.time()
+    data.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device)
+    return (cfg.clips * (time.time() - begun) + passes * one) / 60
 
 
 def seen_differently(reward, x0, batch, cfg):
@@ -172,7 +146,7 @@ def teacher_loss(net, reward, batch, noise, t, drop, cfg, edges, view):
 def train_teacher(cfg, clips, reward, judge, watch):
     """Flow matching, starting from the ears of the lip-sync expert (the paper: wav2vec 2.0)."""
     device, steps, B = clips.video.device, cfg.teacher_steps, cfg.batch // ranks()[1]
-    rng = generator(cfg.seed, device)
+    rng = runtime.generator(cfg.seed, device)
     net = DiT(network_of(cfg)).to(device)
     net.hear.load_state_dict(reward.sound.state_dict())
     if cfg.start:
@@ -198,7 +172,7 @@ def train_teacher(cfg, clips, reward, judge, watch):
         view = torch.tensor(min(1, 2 * late) * cfg.view, device=device) if late > 0 else None
 
         batch = clips.draw(B, cfg, rng)
-        noise = noise_for(net, B, cfg, rng)
+        noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
         t = times_like(batch, cfg.t_shift, rng, lowest=0.02)
         drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
         with mixed(device):
@@ -233,7 +207,7 @@ def train_init(cfg, teacher, clips, reward, judge, watch):
     """The teacher's weights under causal attention: every chunk has its own noise level, one of the
     student's two, or is clean, as the cache will hold it."""
     device, steps, B = clips.video.device, cfg.init_steps, cfg.batch // ranks()[1]
-    rng = generator(cfg.seed + 1, device)
+    rng = runtime.generator(cfg.seed + 1, device)
     net = student_of(teacher, cfg)
     average = copy.deepcopy(net).requires_grad_(False)
     adam = adam_w(net.parameters(), cfg.init_lr, (0.9, 0.98))
@@ -244,7 +218,7 @@ def train_init(cfg, teacher, clips, reward, judge, watch):
 
     for step in progress:
         batch = clips.draw(B, cfg, rng)
-        noise = noise_for(net, B, cfg, rng)
+        noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
         shape = B, cfg.latents // cfg.chunk
         level = levels[torch.randint(len(levels), shape, generator=rng, device=device)]
         clean = torch.rand(shape, generator=rng, device=device) < INIT_CLEAN
@@ -282,16 +256,6 @@ def dmd_loss(X, g, weight):
     return (0.5 * (X - (X - g).detach()).square().flatten(1).mean(1) * weight).mean()
 
 
-@torch.no_grad()
-def reward_weights(reward, rectangle, mel, beta):
-    """exp(beta Sync-C) over its mean in the batch -> (B,), and the mean Sync-C. (The paper's raw
-    weights are a larger learning rate, too.) Clips in sync count for more. Without gradient: that
-    would paint whatever pixels please the expert. (Here the effect is within chance.)"""
-    c, _, _ = syncnet.score(reward, rectangle, mel)
-    weight = (beta * c).exp()
-    return weight / weight.mean(), c.mean()
-
-
 def student_loss(cfg, X, batch, teacher, critic, reward, rng):
     """Move the dubs X by what the critic and the teacher, shown the same noisy X, differ in -> the
     loss, and X's mean Sync-C."""
@@ -312,7 +276,7 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
     """Distribution matching: the student dubs; every `critic_updates`-th time it is moved from the
     critic's guess towards the teacher's; the critic learns (flow matching) what it makes now."""
     device, steps, B = clips.video.device, cfg.dmd_steps, cfg.dmd_batch // ranks()[1]
-    rng = generator(cfg.seed + 2, device)
+    rng = runtime.generator(cfg.seed + 2, device)
     student, critic = student_of(init, cfg), copy.deepcopy(teacher).train().requires_grad_(True)
     average = copy.deepcopy(student).requires_grad_(False)
     adam = adam_w(student.parameters(), cfg.student_lr, (0.0, 0.999))
@@ -385,20 +349,14 @@ def closing_table(cfg, teacher, student, judge, device):
         dubs[f"teacher, 50 steps, guidance {scale:g}"] = dub
     dubs["student"] = dub_student(student, pairs.source, pairs.mel)
     print(
-        f"\n{TABLE_CLIPS} held-out people dubbed to other words, judged by an expert that trained"
+        f"\n{TABLE_CLIPS} held-out people, dubbed to other words, and a judge that trains nothing:"
     )
-    print("on other people and never trains anything:")
-    print(f"{'':30} Sync-C  PSNR dB  landmark %  sharp")
-    for name, dub in dubs.items():
-        q = means(dub, pairs, judge)
-        line = f"{q['sync_c']:6.3f} {q['psnr']:8.2f} {q['landmark']:11.2f} {q['sharp']:6.2f}"
-        print(f"{name:30} {line}")
+    rows = {name: means(dub, pairs, judge) for name, dub in dubs.items()}
+    runtime.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharp=2, frechet=2))
     clip = data.dub_pair(0, pairs.source.shape[1], cfg.size)[1]
     for _ in range(2):  # the first warms up
         fps, ttff = sample.clock(sample.stream(student, clip.video, clip.audio), device)
     print(f"The student streams {fps:.0f} frames a second, the first after {1000 * ttff:.1f} ms.")
-    print("PSNR: in the mouth mask, against the exact dub; a blur pleases it. Landmark: error of")
-    print("the mouth's opening and width, percent of the side. Sharp: 1 if as sharp as the truth.")
 
 
 def main(argv):

@@ -1,7 +1,12 @@
 """A drawn world of talking people, so that there is no data to download: `draw` makes sound and
 lips from the same random syllables. So we own what no recorded data set has: the same person, pose
 and blinks with *another* sound (`dub_pair`), which is what a dub should give. `python data.py`
-shows some.
+shows some. And where the mouth lies in a picture, and the face in a frame of a video.
+
+Only the middle three quarters of a picture of S x S pixels matter, cut at half height: the
+rectangle *above* (eyes, which tell the pose) is always known, and the *mouth rectangle* below,
+S/2 x 3S/4, holds the mask. Tokens tile the mouth rectangle, and the lip-sync expert looks at
+nothing else.
 """
 
 from types import SimpleNamespace
@@ -10,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from runtime import Fail
 
 FPS = 25  # video frames a second
 RATE = 16000  # audio samples a second
@@ -168,6 +175,24 @@ def mouth_mask(size):
     across = ((x - ASIDE) * 24).clamp(0, 1) * ((1 - ASIDE - x) * 24).clamp(0, 1)
     down = ((x - 0.53) * 24).clamp(0, 1) * ((0.99 - x) * 24).clamp(0, 1)
     return down[:, None] * across
+
+
+def middle(video):
+    """(..., S, S, 3) -> (..., S, 3S/4, 3): above in the upper half, the mouth rectangle below."""
+    side = video.shape[-2]
+    return video[..., side // 8 : side - side // 8, :]
+
+
+def mouth_rectangle(video):
+    """(..., S, S, 3) -> its mouth rectangle (..., S/2, 3S/4, 3)."""
+    return middle(video)[..., video.shape[-3] // 2 :, :, :]
+
+
+def paste(rectangle, video):
+    """Put mouth rectangles (..., S/2, 3S/4, 3) into videos (..., S, S, 3) -> new videos."""
+    out = video.clone()
+    mouth_rectangle(out).copy_(rectangle)
+    return out
 
 
 def ellipse(x, y, rx, ry):
@@ -350,3 +375,46 @@ def dub_pair(index, frames, size, split="held-out", device="cpu"):
     seed = SPLITS[split] + 2 * index
     source = draw(seed, frames, size, device=device)
     return source, draw(seed, frames, size, text=seed + 1, device=device)
+
+
+def centred(height, width):
+    side = min(height, width)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def square(frame, size, box=None):
+    """Cut box (x, y, side; default: the largest centred square) out of frame (H, W, 3) uint8 and
+    resize it -> (size, size, 3)."""
+    x, y, side = box or centred(*frame.shape[:2])
+    cut = frame[y : y + side, x : x + side]
+    if side == size:
+        return cut
+    cut = cut.permute(2, 0, 1)[None].float()
+    out = F.interpolate(cut, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return out[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+
+
+def parse_box(text, frame):
+    """A text, X,Y,SIDE -> (x, y, side) in pixels of frame (H, W, 3); none: the centred square."""
+    height, width = frame.shape[:2]
+    if not text:
+        return centred(height, width)
+    try:
+        x, y, side = (int(part) for part in text.split(","))
+    except ValueError:
+        raise Fail(f"--box {text}: give three whole numbers, X,Y,SIDE") from None
+    if min(x, y) < 0 or side < 16 or x + side > width or y + side > height:
+        raise Fail(f"--box {text}: not inside the picture of {width}x{height}, or under 16 pixels")
+    return x, y, side
+
+
+def paste_box(frame, dub, box, mask):
+    """Put dub (S, S, 3) uint8 into frame (H, W, 3) uint8 at box, through the mask (side, side, 1).
+    The rest stays as it was."""
+    x, y, side = box
+    how = dict(mode="bicubic", align_corners=False, antialias=side < dub.shape[0])
+    dub = F.interpolate(dub.permute(2, 0, 1)[None].float(), (side, side), **how)[0]
+    frame = frame.clone()
+    cut = frame[y : y + side, x : x + side]
+    cut.copy_(torch.lerp(cut.float(), dub.permute(1, 2, 0), mask).round().clamp(0, 255))
+    return frame

@@ -1,6 +1,6 @@
 """The network: one diffusion transformer (DiT) for teacher and student; only attention differs.
 
-A token covers 4 frames x p x p pixels of the mouth rectangle (see data.py), P = 12 p p values; L =
+A token covers 4 frames x p x p pixels of the mouth rectangle (see faces.py), P = 12 p p values; L =
 T / 4 latent frames of N tokens. (The paper's: 4 x 16 x 16 pixels.) The network predicts the clean
 pixels x0, as arXiv 2511.13720 does. A token is the sum of three embeddings: its noisy patch; the
 source there, the mouth hidden, with the patch half a square above it, for the pose; a *reference*,
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import runtime
-from data import AUDIO_AHEAD, AUDIO_BACK, MELS, mouth, to_pixels, to_tokens
-from faces import mouth_mask
+from data import AUDIO_AHEAD, AUDIO_BACK, MELS, to_pixels, to_tokens
+from faces import mouth_mask, mouth_rectangle
 from runtime import Fail, opt
 
 SEEN, HEARD = 128, 128  # values that a patch of the conditions, and a frame's sound, come down to
@@ -246,7 +247,7 @@ class DiT(nn.Module):
         # A token writes a square of 1.5 p x 1.5 p and neighbours overlap, so that no seam shows.
         self.margin = p // 4
         self.head = nn.Linear(D, 12 * (p + 2 * self.margin) ** 2)
-        mask = mouth(mouth_mask(cfg.size)[..., None].expand(1, 4, -1, -1, 3))
+        mask = mouth_rectangle(mouth_mask(cfg.size)[..., None].expand(1, 4, -1, -1, 3))
         self.register_buffer("mask", to_tokens(mask, p)[0, 0], persistent=False)  # N P
         self.register_buffer("rope", rope_table(cfg), persistent=False)
         for layer in self.modules():
@@ -260,8 +261,8 @@ class DiT(nn.Module):
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.head.weight.dtype)
 
     def embed(self, source, reference, heard, drop=None):
-        """source, reference (B, T, S, 3S/4, 3) in [-1, 1], see data.middle; heard (B, back + 16 L +
-        ahead, MELS), see data.hearing; drop (B,) bool: whose sound is withheld -> Cond."""
+        """source, reference (B, T, S, 3S/4, 3) in [-1, 1], see faces.middle; heard (B, back + 16 L
+        + ahead, MELS), see data.hearing; drop (B,) bool: whose sound is withheld -> Cond."""
         parts = *source.chunk(2, 2), *reference.chunk(2, 2)
         above, known, *reference = (to_tokens(x, self.cfg.patch) for x in parts)
         known = known * (1 - self.mask).to(known.dtype)
@@ -332,6 +333,21 @@ def denoising_loss(net, x, y, weight, edges):
     for axis in (1, 2, 3):
         loss = loss + edges * error.diff(dim=axis).square().mean()
     return loss / net.mask.mean()
+
+
+@torch.no_grad()
+def seconds_a_pass(cfg, latents, device):
+    """A sample through a network of this config, here."""
+    net = DiT(cfg).to(device, runtime.fast_dtype(device))
+    x = torch.zeros(4, 4 * latents, cfg.size, cfg.size * 3 // 4, 3, device=device)
+    heard = torch.zeros(4, AUDIO_BACK + 16 * latents + AUDIO_AHEAD, MELS, device=device)
+    for _ in range(2):  # the first warms up
+        runtime.synchronize(device)
+        begun = time.time()
+        cond = net.embed(x, x, heard)
+        net(cond.known, 0.5, cond)
+        runtime.synchronize(device)
+    return (time.time() - begun) / 4
 
 
 def network_of(cfg):

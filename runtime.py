@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 
+BUNDLED = Path(__file__).parent / "weights"
 PRECISION = os.environ.get("PRECISION", "")  # "": what the device multiplies fastest
 PRECISIONS = "of products, else what the device does fast", ("float32", "bfloat16")  # an option's
 WHERE = "stage", "out", "fresh", "device", "precision", "compile"  # options that change no result
@@ -138,6 +139,12 @@ def keep_memory():
 def ranks():
     """(this process's number, how many there are): (0, 1) unless torchrun started several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def generator(seed, device):
+    """All random numbers of a stage, on this device; others for each process."""
+    torch.manual_seed(seed)
+    return torch.Generator(device).manual_seed(seed + 1000 * ranks()[0])
 
 
 def join_others(device=""):
@@ -291,7 +298,7 @@ def result(name, cfg, same_world, train):
         places.append(Path(cfg.teacher).with_name(here.name))
     # The bundled ones have only seen drawn people; the judge of a --folder has, too.
     if name == "judge" or (expert or name == "teacher") and not cfg.folder:
-        places.append(Path(__file__).parent / "weights" / cfg.config / here.name)
+        places.append(BUNDLED / cfg.config / here.name)
     if cfg.fresh:
         resume.unlink(missing_ok=True)
     if cfg.fresh or resume.is_file():
@@ -318,6 +325,17 @@ def result(name, cfg, same_world, train):
     resume.unlink(missing_ok=True)
     print(f"{name}: {here}, {time.time() - begun:.0f} s", flush=True)
     return here
+
+
+def table(first, rows, columns):
+    """Print {name: {column: value, column_ci: half an interval}} as Markdown."""
+    print(f"\n| {first} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+    for name, row in rows.items():
+        print(f"| {name}", end="")
+        for key, digits in columns.items():
+            error = f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
+            print(f" | {row[key]:.{digits}f}{error}", end="")
+        print(" |")
 
 
 class Progress:
@@ -352,8 +370,8 @@ class Progress:
 
     def __call__(self, step, look, **values):
         """Tell `values` (tensors, which only here are waited for) forty times a stage, and look()
-        -> more of them, four times. Every half minute save, and draw the curves. Fail: not finite;
-        nothing is saved."""
+        -> more of them, four times (of a student, which changes fast, ten times). Every half minute
+        save, and draw the curves. Fail: not finite; nothing is saved."""
         stride = max(1, self.steps // 40)
         if step % stride and step < self.steps:
             return
@@ -363,7 +381,8 @@ class Progress:
             raise Fail(f"{self.stage} step {step}: not finite ({values}); {advice}")
         if ranks()[0]:
             return
-        if step % (10 * stride) == 0 or step == self.steps:
+        looks = 4 if self.stage == "student" else 10
+        if step % (looks * stride) == 0 or step == self.steps:
             values |= look()
         spent = time.time() - self.start
         self.rows.append(dict(stage=self.stage, step=step, seconds=spent, **values))
@@ -384,7 +403,7 @@ class Progress:
         import matplotlib.pyplot as plt  # a second, which other commands need not wait
 
         figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
-        keys = ["loss", "norm", "critic_loss", "sharp", "sync_c", "reward_c", "psnr", "landmark"]
+        keys = "loss critic_loss sync_c reward_c frechet sharp psnr landmark".split()
         for axis, key in zip(axes.flat, keys):
             axis.set(title=key, xlabel="share of the stage")
             rows = [row for row in self.rows if key in row]

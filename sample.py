@@ -5,11 +5,6 @@
     python sample.py --video IN.mp4 --audio IN.wav --out - | ffplay -f rawvideo \\
         -pixel_format rgb24 -video_size 640x480 -framerate 25 -     # IN.mp4's size
 
-From Python; source and audio may be longer than memory:
-
-    for frames in stream(student, source, audio):               # (12, S, S, 3) uint8, 0.48 s each
-        show(frames)
-
 Flow matching: x_t = (1 - t) x0 + t eps, t = 0 is clean and t = 1 is noise; v = eps - x0.
 """
 
@@ -25,12 +20,11 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 import runtime
-from data import AUDIO_AHEAD, AUDIO_BACK, middle, paste, to_float, to_pixels, to_uint8
-from faces import FPS, RATE, mouth_mask
+from data import AUDIO_AHEAD, AUDIO_BACK, to_float, to_pixels, to_uint8
+from faces import FPS, RATE, middle, mouth_mask, parse_box, paste, paste_box, square
 from model import Cache, Cond, has_kernel, load_dit
 from runtime import Fail, mixed, opt
 from syncnet import find_weights
@@ -41,7 +35,6 @@ TMPDIR = "set TMPDIR to a folder on a larger disk"
 LEAN = 0.2, 0.3  # how far a token's first frame leans to the one before: in a chunk, at its start
 
 
-# ---------------------------------------------------------------------------- flow-matching time
 def shift(u, s=SHIFT):
     """u in 0..1 -> t in 0..1, more of it near noise for s > 1."""
     return s * u / (1 + (s - 1) * u)
@@ -76,7 +69,6 @@ def to_velocity(x_t, x0, t):
     return (x_t - x0) / per_latent(t)
 
 
-# ----------------------------------------------------------------------------- in and out of a net
 def previous_chunk(video, cfg):
     """The reference at inference: the source one chunk ago, never the frames being replaced; at the
     start its first frame, held still. video (B, T, ...) -> the same shape."""
@@ -115,7 +107,6 @@ def to_frames(net, x0, source, before=None):
     return paste(to_uint8(to_pixels(x0, net.cfg.patch)), source)
 
 
-# ----------------------------------------------------------------------------- teacher: many steps
 def guided(net, x_t, t, cond, scale):
     """x0_null + s (x0_audio - x0_null), a forward pass of twice the batch; s = 1 is the conditional
     prediction alone. scale: a number, or one a sample (B,)."""
@@ -153,7 +144,6 @@ def dub_teacher(net, source, mel, steps=STEPS, guidance=1.0, latents=12, seed=0)
     return to_frames(net, x0, source)
 
 
-# --------------------------------------------------------------------- student: two steps a chunk
 def in_chunks(cond, k):
     """The Cond of a whole clip -> [Cond] of k latent frames each."""
     return [Cond(*parts) for parts in zip(*(x.split(k, 1) for x in cond))]
@@ -265,9 +255,10 @@ def stream(net, source, audio, seed=0, compile=False):
         raise Fail("--compile on captures CUDA graphs, which needs an NVIDIA GPU")
     rng, graph, made = torch.Generator().manual_seed(seed), None, None
     shape = cfg.student_steps, 1, cfg.chunk, *net.mask.shape
-    drawn = torch.empty(shape, pin_memory=device.type == "cuda")  # the same noise on any device
-    eps = drawn.to(device, copy=True)
-    turns, now, last = itertools.cycle(eps), [], []  # Cond of this chunk; x0 and Cond of the last
+    # The same noise on any device.
+    drawn = torch.empty(shape, pin_memory=device.type == "cuda").normal_(generator=rng)
+    eps, now, last = drawn.to(device, copy=True), [], []  # Cond of this chunk; x0, Cond of the last
+    turns = itertools.cycle(eps)
 
     def conds():
         reference = to_float(middle(pixels[:, :1])).repeat_interleave(n, 1)
@@ -292,7 +283,7 @@ def stream(net, source, audio, seed=0, compile=False):
             made = generate(net, conds(), lambda x: next(turns))
         pixels.copy_(video)
         heard.copy_(mel)
-        eps.copy_(drawn.normal_(generator=rng))
+        eps.copy_(drawn)
         if compile and graph is None and c * cfg.chunk >= cfg.sink + cfg.window:
             graph, read = torch.cuda.CUDAGraph(), list(last)
             with torch.cuda.graph(graph):
@@ -303,6 +294,7 @@ def stream(net, source, audio, seed=0, compile=False):
             frames = chunk()
         else:
             graph.replay()
+        drawn.normal_(generator=rng)  # the next chunk's, while a GPU works
         yield frames[0, :length].cpu()
 
 
@@ -319,7 +311,6 @@ def clock(frames_of, device):
     return count / (time.perf_counter() - begun), first
 
 
-# --------------------------------------------------------------------------- dubbing real footage
 def play(path, total):
     """Yield `total` frames of a video, back and forth if it is shorter: then it is read again, into
     a file on disk, not into memory."""
@@ -343,18 +334,6 @@ def play(path, total):
         raise Fail(f"{tempfile.gettempdir()}: {e.strerror}; {TMPDIR}") from None
 
 
-def paste_box(frame, dub, box, mask):
-    """Put dub (S, S, 3) uint8 into frame (H, W, 3) uint8 at box, through the mask (side, side, 1).
-    The rest stays as it was."""
-    x, y, side = box
-    how = dict(mode="bicubic", align_corners=False, antialias=side < dub.shape[0])
-    dub = F.interpolate(dub.permute(2, 0, 1)[None].float(), (side, side), **how)[0]
-    frame = frame.clone()
-    cut = frame[y : y + side, x : x + side]
-    cut.copy_(torch.lerp(cut.float(), dub.permute(1, 2, 0), mask).round().clamp(0, 255))
-    return frame
-
-
 def dub_file(net, cfg):
     """cfg.video with the sound of cfg.audio -> cfg.out, as long as the sound, at the video's own
     size. Nothing is held but a chunk."""
@@ -362,13 +341,13 @@ def dub_file(net, cfg):
     total = -(-len(audio) * FPS // RATE)
     source = play(cfg.video, total)
     first = next(source)
-    box = data.parse_box(cfg.box, first)
+    box = parse_box(cfg.box, first)
     mask, waiting = mouth_mask(box[2])[:, :, None], []  # waiting: whole frames being dubbed
 
     def squares():
         for frame in itertools.chain([first], source):
             waiting.append(frame)
-            yield data.square(frame, net.cfg.size, box)
+            yield square(frame, net.cfg.size, box)
 
     size, begun, to_pipe = (first.shape[1], first.shape[0]), time.time(), cfg.out == "-"
     pipe = contextlib.nullcontext(sys.stdout.buffer.write)

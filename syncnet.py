@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 import data
 import runtime
-from data import mouth, to_float
-from faces import FPS, RATE, mouth_mask
+from data import to_float
+from faces import FPS, RATE, mouth_mask, mouth_rectangle, parse_box, square
 from model import sound_tower
 from runtime import Fail, opt
 
@@ -143,6 +143,16 @@ def gradient_energy(video):
 
 
 @torch.no_grad()
+def reward_weights(reward, rectangle, mel, beta):
+    """exp(beta Sync-C) over its mean in the batch -> (B,), and the mean Sync-C. (The paper's raw
+    weights are a larger learning rate, too.) Clips in sync count for more. Without gradient: that
+    would paint whatever pixels please the expert. (Here the effect is within chance.)"""
+    c, _, _ = score(reward, rectangle, mel)
+    weight = (beta * c).exp()
+    return weight / weight.mean(), c.mean()
+
+
+@torch.no_grad()
 def measures(dub, pairs, judge):
     """Dubs (n, T, S, S, 3) uint8 of data.Pairs -> a dict of (n,) tensors: sync_c; psnr in the mask;
     landmark: mean error of the mouth's opening and width, in percent of the side; gain: slope of
@@ -151,10 +161,10 @@ def measures(dub, pairs, judge):
     videos = dub.split(1), pairs.truth.split(1)  # one by one: whatever the batch, it fits
     for one, true, mel, drawn in zip(*videos, pairs.mel.split(1), pairs.mouth.split(1)):
         with runtime.mixed(dub.device):
-            read = judge.watch(to_float(mouth(one)))[2]
+            read = judge.watch(to_float(mouth_rectangle(one)))[2]
         opening, truth = (x[..., 0] - x[..., 0].mean(1, keepdim=True) for x in (read, drawn))
         row = dict(
-            sync_c=score(judge, mouth(one), mel)[0],
+            sync_c=score(judge, mouth_rectangle(one), mel)[0],
             psnr=mouth_psnr(one, true),
             landmark=100 * (read - drawn).abs().mean((1, 2)),
             gain=(opening * truth).sum(1) / truth.square().sum(1),
@@ -168,7 +178,7 @@ def measures(dub, pairs, judge):
 def features(judge, dub):
     """What the judge sees in each frame of each clip (n, T, S, S, 3) uint8 -> (n T, channels)."""
     with runtime.mixed(dub.device):
-        seen = [judge.watch(to_float(mouth(one[None])))[0] for one in dub]
+        seen = [judge.watch(to_float(mouth_rectangle(one[None])))[0] for one in dub]
     return torch.cat(seen, 1)[0]
 
 
@@ -183,8 +193,9 @@ def frechet(a, b):
 
 
 def means(dub, pairs, judge):
-    """The measures' means over the clips, as numbers: what a training log shows."""
-    return {name: values.mean().item() for name, values in measures(dub, pairs, judge).items()}
+    """The measures' means over the clips, and the Fréchet distance: what a training log shows."""
+    found = {name: values.mean().item() for name, values in measures(dub, pairs, judge).items()}
+    return dict(found, frechet=frechet(features(judge, dub), features(judge, pairs.truth)))
 
 
 def train(path, cfg, clips, steps, seed, held_out, **more):
@@ -218,8 +229,8 @@ def train(path, cfg, clips, steps, seed, held_out, **more):
         if step % max(1, steps // 5) == 0 or step == 1:
             if not loss.isfinite():
                 raise Fail(f"{name} step {step}: not finite; is there a clip without a picture?")
-            right, _, offset = score(net, mouth(held_out.truth), held_out.mel)
-            wrong, _, _ = score(net, mouth(held_out.truth), held_out.mel.roll(1, 0))
+            right, _, offset = score(net, mouth_rectangle(held_out.truth), held_out.mel)
+            wrong, _, _ = score(net, mouth_rectangle(held_out.truth), held_out.mel.roll(1, 0))
             found = (offset.abs() <= 1).float().mean()
             words = (
                 f"{name:8} step {step:5d}/{steps} | loss {loss:.3f} | right moment {hits:.1%} | "
@@ -239,7 +250,7 @@ def load_syncnet(path, device="cpu"):
 
 def find_weights(name, given=""):
     """The path of a checkpoint: the given one, or the bundled one called `name`."""
-    return given or Path(__file__).parent / f"weights/small/{name}.pt"
+    return given or runtime.BUNDLED / f"small/{name}.pt"
 
 
 @dataclasses.dataclass
@@ -260,8 +271,8 @@ def main(argv):
     audio = data.Sound(cfg.audio or cfg.video)
     box, frames = None, []
     for frame in data.read_video(cfg.video):
-        box = box or data.parse_box(cfg.box, frame)
-        frames.append(mouth(data.square(frame, net.cfg.size, box)))
+        box = box or parse_box(cfg.box, frame)
+        frames.append(mouth_rectangle(square(frame, net.cfg.size, box)))
     n = min(len(frames), len(audio) * FPS // RATE)
     if n < 12:
         raise Fail(f"{n} frames with sound are too few to judge lip-sync; give at least 12")

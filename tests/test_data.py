@@ -88,7 +88,7 @@ def test_written_video_reads_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
     path.rename(path.with_suffix(".MP4"))  # a folder to train on: its whole stretches of 24 frames
     clips = data.Clips(64, 10, torch.device("cpu"), folder=tmp_path, latents=6)
-    assert torch.equal(clips.video, data.middle(frames[:48]).unflatten(0, (2, 24)))
+    assert torch.equal(clips.video, faces.middle(frames[:48]).unflatten(0, (2, 24)))
     assert torch.equal(clips.mel[1], data.log_mel(sound[24 * 640 : 48 * 640]))
 
 

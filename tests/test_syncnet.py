@@ -8,7 +8,8 @@ import data
 import faces
 import runtime
 import syncnet
-from data import log_mel, mouth, to_float
+from data import log_mel, to_float
+from faces import mouth_rectangle
 
 SEED = faces.SPLITS["held-out"] + 500  # people whom the expert has never seen
 
@@ -17,14 +18,14 @@ SEED = faces.SPLITS["held-out"] + 500  # people whom the expert has never seen
 def test_a_known_shift_is_found_to_the_frame_and_right_sound_beats_wrong(expert, shift):
     clip, other = faces.draw(SEED, 96, 32), faces.draw(SEED + 102, 96, 32)
     mels = [log_mel(np.roll(sound, shift * 640)) for sound in (clip.audio, other.audio)]
-    both = mouth(clip.video).expand(2, -1, -1, -1, -1)
+    both = mouth_rectangle(clip.video).expand(2, -1, -1, -1, -1)
     (right, wrong), _, offset = syncnet.score(expert, both, torch.stack(mels))
     assert offset[0].item() == shift and right > 0.1 and right > 2 * wrong
 
 
 def test_the_view_of_a_late_mouth_is_another(expert):
     """Nothing for the same video, less if half corrected, and a gradient for the guess alone."""
-    video = to_float(mouth(faces.draw(SEED + 200, 48, 32).video))[None]
+    video = to_float(mouth_rectangle(faces.draw(SEED + 200, 48, 32).video))[None]
     early, late = video[:, :24], video[:, 3:27]
     views = [syncnet.view_loss(expert, x, early) for x in (early, (early + late) / 2, late)]
     assert views[0] == 0 < views[1] < 0.7 * views[2]
@@ -47,7 +48,7 @@ def test_sync_and_nce_by_hand():
 def test_a_long_clip_is_scored_in_parts(expert):
     """As if it were in one: 41 s, more than a part holds."""
     clip = faces.draw(SEED, 32, 32)
-    rectangle = mouth(clip.video).repeat(32, 1, 1, 1)[None]
+    rectangle = mouth_rectangle(clip.video).repeat(32, 1, 1, 1)[None]
     mel = log_mel(np.tile(clip.audio, 32))[None]
     whole = syncnet.sync(expert.watch(to_float(rectangle))[1], expert.listen(mel))
     for a, b in zip(syncnet.score(expert, rectangle, mel), whole):
@@ -79,7 +80,7 @@ def test_a_judge_from_the_command_line(tmp_path, expert_file, capsys):
 def test_measures_of_the_truth_of_a_mumbler_and_of_a_blur(expert, watch):
     """A mumbler, in step with the truth, opens half as far: gain 1/2."""
     with runtime.mixed(torch.device("cpu")):
-        read = torch.cat([expert.watch(to_float(mouth(x[None])))[2] for x in watch.truth])
+        read = torch.cat([expert.watch(to_float(mouth_rectangle(x[None])))[2] for x in watch.truth])
     found = syncnet.measures(watch.truth, watch._replace(mouth=2 * read), expert)
     torch.testing.assert_close(found["gain"], torch.full((2,), 0.5))
     torch.testing.assert_close(found["landmark"], 100 * read.abs().mean((1, 2)))
