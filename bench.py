@@ -303,7 +303,7 @@ def trajectory(cfg, device):
         for key, value in row.items():
             rows.setdefault(line, {}).setdefault(key, []).append(value)
         if (line, x) in MOUTHS:
-            three = data.mouth(frames)[range(len(moments)), moments].flatten(0, 1).cpu()
+            three = data.mouth(frames)[range(len(moments)), moments].flatten(0, 1).cpu().numpy()
             mouths[f"{MOUTHS[line, x]}\nsharp {row['sharp']:.2f}"] = three
     path = f"{cfg.out}/trajectory-{cfg.config}"
     people = f"{cfg.clips} held-out people, noise seed 0: mean and standard error."
