@@ -269,8 +269,7 @@ def figures(path, rows, s, people):
     """The paper's figures as curves -> what this teacher recommends."""
     along = {name: rows[name] for name in ("guidance 1", f"guidance {s:g}")}
     two = {name: line for name, line in rows.items() if "then" in name}
-    operating = two[f"1, then {s:g}"]
-    first, last, landing = (advice := recommend(*along.values(), operating)).values()
+    first, last, landing = (advice := recommend(*along.values(), two[f"1, then {s:g}"])).values()
     rule = "Sync-C less Fréchet distance, each as a share of its range"
     axes = [("step j (0 noise, 50 clean)", key) for key in COLUMNS]
     caption = f"What guidance {s:g} buys and costs: the guess of x0 at each of 50 steps. {people}\n"
@@ -283,7 +282,8 @@ def figures(path, rows, s, people):
     panels(f"{path}-two-steps.png", caption, two, axes, (landing, landing))
     axes = [(key, "sync_c") for key in ("frechet", "landmark", "sharp")]
     lines = {name: rows[name] for name in rows if name.startswith(("50", "student", "truth"))}
-    lines[f"2 steps: 1, then {s:g}; any landing"] = operating
+    i, line = LANDINGS.index(landing), two[f"1, then {s:g}"]
+    lines[f"2 steps: 1, then {s:g} at j = {landing}"] = {key: [x[i]] for key, x in line.items()}
     panels(f"{path}-ends.png", f"Fixed guidance against schedules. {people}", lines, axes)
     return advice
 
