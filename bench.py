@@ -35,7 +35,7 @@ from sample import STEPS, dub_student, dub_teacher, tau
 from syncnet import features, frechet, load_syncnet, measures
 
 COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
-LABELS = "Sync-C", "PSNR (dB)", "landmark (% of side)", "gain", "sharp", "Fréchet distance"
+LABELS = "Sync-C", "PSNR (dB)", "landmark (%)", "gain", "sharp (truth: 1)", "Fréchet distance"
 LABELS = dict(zip(COLUMNS, LABELS))
 CLIPS = dict(quality=64, ablate=64, trajectory=12, long=4)  # people, if --clips is not given
 
@@ -190,8 +190,7 @@ def looked_at(teacher, student, pairs, s, band, latents=12):
     starts = range(0, pairs.source.shape[1] // 4, latents)
     conds = [sample.embed_clip(teacher, pairs.source, pairs.mel, i, i + latents) for i in starts]
     cond = model.Cond(*(torch.cat(windows) for windows in zip(*conds)))
-    rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(cond.known.shape, generator=rng).to(cond.known.device)
+    noise = sample.seeded(0)(cond.known)
 
     def guess(x_t, j, guidance):
         with runtime.mixed(x_t.device):
@@ -229,9 +228,8 @@ def worth(sync, distance):
 
 
 def recommend(plain, guided, two):
-    """The rule, of curves {measure: values} along unguided and guided steps, and of two steps by
-    landing: the run of steps in which the worth of what guidance changes exceeds its mean by most
-    in all; the landing of the highest worth."""
+    """The rule, of curves {measure: values}: of guided less plain, the run of steps whose worth is
+    above its mean by most in all; of two steps, the landing of the highest worth."""
     gain = worth(*(np.subtract(guided[key], plain[key]) for key in ("sync_c", "frechet")))
     so_far = np.append(0, (gain - gain.mean()).cumsum())
     runs = itertools.combinations(range(len(so_far)), 2)
@@ -253,7 +251,7 @@ def panels(path, caption, lines, axes, *marks):
             along, mean = line[x if x in LABELS else "x"], np.array(line[y])
             error = np.array(line[y + "_ci"]) / 1.96
             color = panel.plot(along, mean, ".-", label=name)[0].get_color()
-            panel.vlines(along, mean - error, mean + error, color, alpha=0.25, lw=3)
+            panel.vlines(along, mean - error, mean + error, color, alpha=0.2, lw=4)
         panel.legend(fontsize="small")
     figure.suptitle(caption, fontsize="medium")
     figure.savefig(path, dpi=80)
@@ -263,8 +261,7 @@ def figures(path, rows, s, people):
     """The paper's figures as curves -> what this teacher recommends."""
     along = {name: rows[name] for name in ("guidance 1", f"guidance {s:g}")}
     two = {name: line for name, line in rows.items() if "then" in name}
-    operating = two[f"1, then {s:g}"]
-    first, last, landing = (advice := recommend(*along.values(), operating)).values()
+    first, last, landing = (advice := recommend(*along.values(), two[f"1, then {s:g}"])).values()
     rule = "Sync-C less Fréchet distance, each as a share of its range"
     axes = [("step j (0 noise, 50 clean)", key) for key in COLUMNS]
     caption = f"What guidance {s:g} buys and costs: the guess of x0 at each of 50 steps. {people}\n"
@@ -277,7 +274,8 @@ def figures(path, rows, s, people):
     panels(f"{path}-two-steps.png", caption, two, axes, (landing, landing))
     axes = [(key, "sync_c") for key in ("frechet", "landmark", "sharp")]
     lines = {name: rows[name] for name in rows if name.startswith(("50", "student", "truth"))}
-    lines[f"2 steps: 1, then {s:g}; any landing"] = operating
+    i, line = LANDINGS.index(landing), two[f"1, then {s:g}"]
+    lines[f"2 steps: 1, then {s:g} at j = {landing}"] = {key: [x[i]] for key, x in line.items()}
     panels(f"{path}-ends.png", f"Fixed guidance against schedules. {people}", lines, axes)
     return advice
 
@@ -295,16 +293,20 @@ def trajectory(cfg, device):
         for key, value in row.items():
             rows.setdefault(line, {}).setdefault(key, []).append(value)
         if (line, x) in MOUTHS:
-            three = mouth_rectangle(frames)[range(len(moments)), moments].flatten(0, 1).cpu()
+            three = (
+                mouth_rectangle(frames)[range(len(moments)), moments].flatten(0, 1).cpu().numpy()
+            )
             mouths[f"{MOUTHS[line, x]}\nsharp {row['sharp']:.2f}"] = three
     path = f"{cfg.out}/trajectory-{cfg.config}"
-    people = f"{cfg.clips} held-out people, noise seed 0: mean and standard error."
-    advice = figures(path, rows, s, people)
+    people = f"{cfg.clips} held-out people, noise seed 0"
+    advice = figures(path, rows, s, f"{people}; bars: one standard error.")
     figure, axes = plt.subplots(1, len(mouths), figsize=(14, 4.6), layout="constrained")
     for axis, title in zip(axes, mouths):
         axis.imshow(mouths[title])
         axis.set(xticks=[], yticks=[], title=title)
-    figure.supxlabel(f"Three people at the moment when the truth opens widest. Sharp: {people}")
+    middles = (np.arange(len(moments)) + 0.5) * len(three) / len(moments)
+    axes[0].set_yticks(middles, [f"person {i + 1}" for i in range(len(moments))])
+    figure.supxlabel(f"The moment when the truth opens widest. Sharp: mean of {people}.")
     figure.savefig(f"{path}-mouths.png", dpi=90)
     print("Recommended:", *(f"--{key} {j}" for key, j in advice.items()))
     return dict(recommended=advice, rows=rows)

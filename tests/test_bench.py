@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 
@@ -60,7 +61,9 @@ def test_quality_ends_in_json(run):
     assert rows["student"]["psnr"] < found["ceiling"]["psnr"] < 40
 
 
-def test_trajectory_ends_in_json(run, tmp_path):
+def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "held_out", functools.partial(data.held_out, latents=12))
+    monkeypatch.setattr(bench, "LANDINGS", (20, 40))
     found = run("trajectory")
     rows = found["rows"]
     for name in ("guidance 1", "guidance 2"):
@@ -77,47 +80,38 @@ def test_trajectory_ends_in_json(run, tmp_path):
         assert (tmp_path / f"out/trajectory-tiny-{name}.png").is_file()
 
 
-@pytest.fixture(scope="module")
-def looked_at(tiny):
-    """{(line, x): frames} of two people; the band is a single step."""
-    pairs = data.held_out(2, 32, "held-out", torch.device("cpu"))
-    return pairs, dict(bench.looked_at(tiny, tiny, pairs, 2.0, range(30, 31)))
-
-
 def near(a, b):
     """The same pictures but for rounding."""
-    difference = (a.int() - b.int()).abs()
-    return difference.max() <= 2 and difference.float().mean() < 0.02
+    return (a.int() - b.int()).abs().max() <= 1
 
 
-def test_a_trajectory_ends_where_the_teacher_dubs(tiny, looked_at):
-    pairs, frames = looked_at
+def test_trajectories_by_hand(tiny, float32):
+    """They end where the teacher dubs; and two steps, written out."""
+    pairs = data.held_out(2, 32, "held-out", torch.device("cpu"), latents=6)
+    frames = dict(bench.looked_at(tiny, tiny, pairs, 2.0, range(30, 31), latents=3))
+    how = dict(net=tiny, source=pairs.source, mel=pairs.mel)
     for guidance in (1.0, 2.0):
-        dub = sample.dub_teacher(tiny, pairs.source, pairs.mel, guidance=guidance)
+        dub = sample.dub_teacher(**how, guidance=guidance, latents=3)
         assert near(frames[f"guidance {guidance:g}", 49], dub)
-    assert not near(frames["guidance 1", 49], frames["guidance 2", 49])
-    one_step = sample.dub_teacher(tiny, pairs.source, pairs.mel, steps=1)
-    assert near(frames["guidance 1", 0], one_step) and not near(frames["guidance 1", 9], one_step)
-    assert near(frames["student", 2], sample.dub_student(tiny, pairs.source, pairs.mel))
-    band_only = frames["50 steps: 2 in the band, else 1", 2.0]
-    assert not near(band_only, frames["guidance 2", 49])
+        assert near(frames["50 steps: 1, 1.5, 2, 3, 4.5", guidance], dub)
+    assert not near(frames["guidance 1", 49], dub)
+    assert not near(frames["50 steps: 2 in the band, else 1", 2.0], dub)
+    one_step = sample.dub_teacher(**how, steps=1, latents=3)
+    assert near(frames["guidance 1", 0], one_step) and not near(frames["guidance 1", 30], one_step)
+    assert near(frames["student", 2], sample.dub_student(**how))
+    assert not near(frames["student", 1], frames["student", 2])
 
-
-def test_two_steps_by_hand(tiny, looked_at):
-    pairs, frames = looked_at
-    rng, x0 = torch.Generator().manual_seed(0), []
-    for start in (0, 12):
-        cond = sample.embed_clip(tiny, pairs.source, pairs.mel, start, start + 12)
+    rng, x0, t = torch.Generator().manual_seed(0), [], sample.tau(30)
+    for start in (0, 3):
+        cond = sample.embed_clip(tiny, pairs.source, pairs.mel, start, start + 3)
         noise = torch.randn(cond.known.shape, generator=rng)
-        with torch.no_grad(), runtime.mixed(noise.device):
-            first = sample.guided(tiny, noise, 1.0, cond, 1.0).float()
-            t = sample.tau(30)
-            x_t = noise + (t - 1) * (noise - first)
-            x0.append(sample.guided(tiny, x_t, t, cond, 2.0).float())
+        with torch.no_grad():
+            x_t = noise + (t - 1) * (noise - tiny(noise, 1.0, cond))
+            x0.append(sample.guided(tiny, x_t, t, cond, 2.0))
     by_hand = sample.to_frames(tiny, torch.cat(x0, 1), pairs.source)
     assert near(frames["1, then 2", 30], by_hand)
-    assert not near(frames["1, then 1", 30], by_hand)
-    assert not near(frames["2, then 2", 30], by_hand)
+    for line, j in (("1, then 1", 30), ("2, then 2", 30), ("1, then 2", 35)):
+        assert not near(frames[line, j], by_hand)
 
 
 def test_the_rule_finds_a_band_and_a_landing():
@@ -128,11 +122,11 @@ def test_the_rule_finds_a_band_and_a_landing():
     two = dict(x=list(bench.LANDINGS), sync_c=near_30, frechet=[1.0] * len(near_30))
     found = bench.recommend(plain, guided, two)
     assert found == dict(band_first=18, band_last=36, landing=30)
-    # Where it costs most, it is not worth it; a landing whose distance is large is not either.
-    guided["frechet"] = [float(j < 27) for j in range(50)]
+    # Where it costs as much as it buys, it is not worth it; nor is a landing far from the truth.
+    guided["frechet"] = [float(18 <= j < 27) for j in range(50)]
     two["frechet"] = [float(j < 35) for j in bench.LANDINGS]
     found = bench.recommend(plain, guided, two)
-    assert found["band_first"] == 27 and found["landing"] == 35
+    assert found == dict(band_first=27, band_last=36, landing=35)
 
 
 def test_long_ends_in_json(run):
@@ -145,13 +139,12 @@ def test_long_ends_in_json(run):
     assert rows["truth, last"]["psnr"] > 70 and rows["truth, last"]["sharp"] == 1
 
 
-def test_ablate_ends_in_json_and_goes_on(run, tmp_path, monkeypatch):
-    how = "ablate", "--only=1 step,init alone", "--seeds=2"
+def test_ablate_ends_in_json_and_goes_on(run, monkeypatch):
+    how = "ablate", "--only=1 step,init alone", "--seeds=1"
     rows = run(*how)["rows"]
-    names = ["init alone", "1 step"] * 2
-    assert [(row["name"], row["seed"]) for row in rows] == list(zip(names, (0, 0, 1, 1)))
+    assert [(row["name"], row["seed"]) for row in rows] == [("init alone", 0), ("1 step", 0)]
     assert all(0 < row["psnr"] < 40 and row["landmark"] > 0 for row in rows)
-    assert rows[0]["psnr"] != rows[1]["psnr"] and rows[1]["psnr"] != rows[3]["psnr"]
+    assert rows[0]["psnr"] != rows[1]["psnr"]
     for stage in ("init", "dmd"):
         monkeypatch.setattr(distill, f"train_{stage}", None)  # what is there is not trained again
     assert run(*how)["rows"] == rows
