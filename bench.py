@@ -284,7 +284,7 @@ def trajectory(cfg, device):
     """What the paper saw in its teacher (its figures 2, 3, 4, 7 to 9), and what it recommends."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     recipe, rows, mouths = distill.Config(**distill.PRESETS[cfg.config]), {}, {}
-    s, band = recipe.guidance, range(recipe.band_first, recipe.band_last + 1)
+    s, band = 2.0, range(recipe.band_first, recipe.band_last + 1)
     pairs = data.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
     moments = pairs.mouth[:3, :, 0].argmax(1)
     for (line, x), frames in looked_at(teacher, student, pairs, s, band):
