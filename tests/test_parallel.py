@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import distill
 import runtime
 
 
 def one_of_two(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    drawn = torch.rand(8, 3, generator=distill.generator(0, torch.device("cpu")))
+    drawn = torch.rand(8, 3, generator=runtime.generator(0, torch.device("cpu")))
     net = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
     net(drawn).mean().backward()
