@@ -388,7 +388,7 @@ class Options:
     device: str = opt("", "cuda, mps or cpu; the best there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
     seed: int = opt(0, least=0)
-    attention: str = opt("auto", "fused: kernels.py, on a GPU", ("auto", "fused", "dense"))
+    attention: str = opt("auto", "auto: kernels.py on NVIDIA's GPUs, else dense", ("auto", "dense"))
     compile: str = opt("off", "a chunk as one CUDA graph, on a GPU", ("on", "off"))
 
 
@@ -404,7 +404,7 @@ def main(argv):
     net = load_dit(path, device, runtime.fast_dtype(device))
     if net.stage == "teacher":
         raise Fail(f"{path}: a teacher, which cannot stream; distil a student by distill.py")
-    net.fused = cfg.attention == "fused" or cfg.attention == "auto" and has_kernel(device)
+    net.fused = cfg.attention == "auto" and has_kernel(device)
     if device.type == "cuda":
         print(f"attention: {'kernels.py' if net.fused else 'dense'}", file=sys.stderr)
     if cfg.video:
