@@ -129,7 +129,7 @@ def speed(cfg, device):
 
     ways = dict(student=lambda: sample.stream(net, clip.video, clip.audio))
     ways.update(teacher_guided=lambda: teacher(recipe.guidance), teacher=lambda: teacher(1.0))
-    if model.has_kernel(device):
+    if model.has_kernel(net):
         fused = copy.copy(net)
         fused.fused = True
         # Eight times as long: until the window is full, a stream's chunks are not in the graph.
@@ -390,7 +390,7 @@ def attention(cfg, device):
         return flex(turned, model.rotate(kept[0], net.rope[:places]), kept[1], block_mask=seen)
 
     ways = dict(dense=lambda: model.attention(q, k, v, fused=False, **how))
-    if model.has_kernel(device):
+    if model.has_kernel(net):
         flex, n = torch.compile(flex_attention), places * N
         seen = create_block_mask(lambda b, h, i, j: j < n, None, None, c.chunk * N, n, device)
         ways["flex_attention"] = flexible

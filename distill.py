@@ -89,7 +89,7 @@ PRESETS = {
 
 
 def times_like(batch, s, rng, lowest):
-    """(B, 1) times in lowest...999, uniform, then shifted by s."""
+    """(B, 1) times from `lowest` to .999, uniform, then shifted by s."""
     u = torch.rand(len(batch.source), 1, generator=rng, device=rng.device)
     return shift(u, s).clamp(lowest, 0.999)
 
@@ -110,10 +110,14 @@ def look_at(student, watch, judge):
 def minutes(cfg, device):
     """Roughly what the job takes here: a clip drawn and a pass are timed, and passes counted, a
     backward one as two."""
-    found = cfg.teacher, f"{cfg.out}/teacher.pt", f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
-    teacher_steps = 0 if any(map(os.path.isfile, found)) and not cfg.fresh else cfg.teacher_steps
-    passes = 3.5 * cfg.batch * (teacher_steps + cfg.init_steps)
-    passes += 6 * (cfg.critic_updates + 1) * cfg.dmd_batch * cfg.dmd_steps
+    bundled = f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
+    found = cfg.teacher, f"{cfg.out}/teacher.pt", "" if cfg.folder or cfg.start else bundled
+    teacher_too = cfg.fresh or not any(map(os.path.isfile, found))
+    passes = 3.5 * cfg.batch * cfg.teacher_steps if teacher_too else 0
+    if cfg.stage != "teacher":
+        passes += 3.5 * cfg.batch * cfg.init_steps
+    if cfg.stage == "all":
+        passes += 6 * (cfg.critic_updates + 1) * cfg.dmd_batch * cfg.dmd_steps
     one = seconds_a_pass(network_of(cfg), cfg.latents, device)
     begun = time.time()
     data.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device)
@@ -157,7 +161,7 @@ def train_teacher(cfg, clips, reward, judge, watch):
     others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
     muon, adam = runtime.Muon(matrices, cfg.muon_lr), adam_w(others, cfg.teacher_lr, (0.9, 0.98))
     parts = dict(net=net, average=average, muon=muon, adam=adam)
-    progress = Progress(cfg.out, "teacher", steps, rng, **parts)
+    progress = Progress(cfg, "teacher", steps, rng, **parts)
     loss_of = compiled(teacher_loss, cfg.compile, device)
 
     def look():
@@ -211,7 +215,7 @@ def train_init(cfg, teacher, clips, reward, judge, watch):
     net = student_of(teacher, cfg)
     average = copy.deepcopy(net).requires_grad_(False)
     adam = adam_w(net.parameters(), cfg.init_lr, (0.9, 0.98))
-    progress = Progress(cfg.out, "init", steps, rng, net=net, average=average, adam=adam)
+    progress = Progress(cfg, "init", steps, rng, net=net, average=average, adam=adam)
     look = functools.partial(look_at, average, watch, judge)
     loss_of = compiled(init_loss, cfg.compile, device)
     levels = torch.tensor(student_times(cfg), device=device)
@@ -282,7 +286,7 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
     adam = adam_w(student.parameters(), cfg.student_lr, (0.0, 0.999))
     critic_adam = adam_w(critic.parameters(), cfg.critic_lr, (0.0, 0.999))
     parts = dict(student=student, critic=critic, adam=adam, critic_adam=critic_adam)
-    progress = Progress(cfg.out, "student", steps, rng, average=average, **parts)
+    progress = Progress(cfg, "student", steps, rng, average=average, **parts)
     look = functools.partial(look_at, average, watch, judge)
     critic_loss_of = compiled(flow_loss, cfg.compile, device)
 

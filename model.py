@@ -145,9 +145,10 @@ class Cache:
                 self.kv[:, :, :, :, place] = self.kv[:, :, :, :, held.index(f)]
 
 
-def has_kernel(device):
-    """Can kernels.py run? It is for NVIDIA's GPUs; Triton comes with torch there."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+def has_kernel(net):
+    """Can kernels.py stream it? On NVIDIA's GPUs, where Triton comes with torch."""
+    fits = net.cfg.width // net.cfg.heads in (32, 64, 128)
+    return fits and net.head.weight.is_cuda and importlib.util.find_spec("triton") is not None
 
 
 def qk_norm(x, scale):

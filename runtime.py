@@ -90,6 +90,8 @@ def find_device(name="", precision=""):
     if not name:
         mac = torch.backends.mps.is_available() and not dist.is_initialized()
         name = "cuda" if torch.cuda.is_available() else "mps" if mac else "cpu"
+    if PRECISION not in ("", *PRECISIONS[1]):
+        raise Fail(f"PRECISION={PRECISION} in the environment: one of {', '.join(PRECISIONS[1])}")
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -129,15 +131,14 @@ def compiled(function, switch, device):
 
 
 def keep_memory():
-    """Let glibc keep freed memory: else every large tensor's pages are faulted in again, a quarter
-    of a training step on a CPU."""
+    """Let glibc keep freed memory: faulting it in again is a quarter of a CPU's training step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def ranks():
-    """(this process's number, how many there are): (0, 1) unless torchrun started several."""
+    """(this process's number, how many there are)"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -288,6 +289,10 @@ def restore(path, build, weights):
     return net
 
 
+def newer(a, b):
+    return a.is_file() and a.stat().st_mtime > b.stat().st_mtime
+
+
 def result(name, cfg, same_world, train):
     """The path of a stage's checkpoint: one that is there (made here before; beside --teacher;
     bundled), unless of another drawn world or older than what it was made from; or train's."""
@@ -299,24 +304,25 @@ def result(name, cfg, same_world, train):
     # The bundled ones have only seen drawn people; the judge of a --folder has, too.
     if name == "judge" or (expert or name == "teacher") and not cfg.folder:
         places.append(BUNDLED / cfg.config / here.name)
-    if cfg.fresh:
+    source = here.with_name({"init": "teacher.pt", "student": "init.pt"}.get(name, "-"))
+    if cfg.fresh or resume.is_file() and newer(source, resume):
         resume.unlink(missing_ok=True)
+    if name == "teacher" and cfg.start:  # which is to be trained on
+        places = [here]
     if cfg.fresh or resume.is_file():
         places = []
     if ranks()[1] > 1:
         dist.barrier()  # so that all see the same files
     for path in [Path(cfg.teacher)] if given else filter(Path.is_file, places):
         state = load(path, "syncnet" if expert else "dit")
-        before = path.with_name({"init": "teacher.pt", "student": "init.pt"}.get(name, "-"))
-        if before.is_file() and before.stat().st_mtime > path.stat().st_mtime:
-            print(f"{name}: {path} is older than {before}: made anew")
+        if newer(source, path):
+            print(f"{name}: {path} is older than {source}: made anew")
         elif not given and not same_world(state.get("world")):
             print(f"{name}: {path} is of other drawn people or another log_mel: made anew")
         else:
             was = state.get("options", {}) if path == here else {}
             other = {k: v for k, v in was.items() if k not in WHERE and getattr(cfg, k, v) != v}
-            made = "".join(f" --{k} {v}" for k, v in other.items())
-            made = ", made with" + made if other else ""
+            made = ", made with" * bool(other) + "".join(f" --{k} {v}" for k, v in other.items())
             print(f"{name}: {path}{made} (--fresh makes everything anew)", flush=True)
             return path
     train(here)
@@ -343,22 +349,21 @@ class Progress:
     (`parts`, which have a state_dict, and the random generator), and tells how it goes: a line on
     the screen, a JSON object in log.jsonl, curves.png."""
 
-    def __init__(self, folder, stage, steps, rng, **parts):
+    def __init__(self, cfg, stage, steps, rng, **parts):
         self.stage, self.steps, self.rng, self.parts = stage, steps, rng, parts
-        self.log, self.path = Path(folder, "log.jsonl"), Path(folder, f"{stage}.resume.pt")
+        self.log, self.path = Path(cfg.out, "log.jsonl"), Path(cfg.out, f"{stage}.resume.pt")
         self.first, self.start, self.saved = 0, time.time(), time.time()
-        if self.path.is_file():
-            state = load(self.path, "resume")
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(state[name])
-            except (KeyError, RuntimeError, ValueError):
-                what = "of a network of another shape; --fresh, or delete it"
-                raise Fail(f"{self.path}: {what}") from None
+        self.options = {key: value for key, value in vars(cfg).items() if key not in WHERE}
+        state = load(self.path, "resume") if self.path.is_file() else {}
+        if state and state["options"] != self.options:
+            print(f"{stage}: {self.path} is of other options: begun anew", flush=True)
+        elif state:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
             self.first = state["step"]
             rng.set_state(state["rng"])
             if ranks()[0]:  # the state is the first process's: draw others
-                rng.manual_seed(rng.initial_seed() + self.first)
+                rng.manual_seed(cfg.seed + self.first + 1000 * ranks()[0])
             print(f"{stage}: going on after step {self.first} ({self.path})", flush=True)
         lines = self.log.read_text().splitlines() if self.log.is_file() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]
@@ -370,10 +375,10 @@ class Progress:
 
     def __call__(self, step, look, **values):
         """Tell `values` (tensors, which only here are waited for) forty times a stage, and look()
-        -> more of them, four times (of a student, which changes fast, ten times). Every half minute
-        save, and draw the curves. Fail: not finite; nothing is saved."""
-        stride = max(1, self.steps // 40)
-        if step % stride and step < self.steps:
+        -> more of them, four times (of a student ten times). Every half minute tell, save, and draw
+        the curves. Fail: not finite; nothing is saved."""
+        stride, due = max(1, self.steps // 40), time.time() - self.saved > 30
+        if step % stride and step < self.steps and not due:
             return
         values = {name: value.item() for name, value in values.items()}
         if not all(map(math.isfinite, values.values())):
@@ -381,8 +386,8 @@ class Progress:
             raise Fail(f"{self.stage} step {step}: not finite ({values}); {advice}")
         if ranks()[0]:
             return
-        looks = 4 if self.stage == "student" else 10
-        if step % (looks * stride) == 0 or step == self.steps:
+        every = 4 if self.stage == "student" else 10
+        if step % (every * stride) == 0 or step == self.steps:
             values |= look()
         spent = time.time() - self.start
         self.rows.append(dict(stage=self.stage, step=step, seconds=spent, **values))
@@ -391,10 +396,10 @@ class Progress:
         words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
         words += f" | {spent:.0f} s, {left:.0f} left"
         print(f"{self.stage:8} step {step:5d}/{self.steps} | {words}", flush=True)
-        due = time.time() - self.saved > 30
         if due:
-            states = {name: part.state_dict() for name, part in self.parts.items()}
-            save(self.path, kind="resume", step=step, rng=self.rng.get_state(), **states)
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= dict(step=step, options=self.options, rng=self.rng.get_state())
+            save(self.path, kind="resume", **state)
             self.saved = time.time()
         if due or step == self.steps:
             self.curves()

@@ -404,7 +404,7 @@ def main(argv):
     net = load_dit(path, device, runtime.fast_dtype(device))
     if net.stage == "teacher":
         raise Fail(f"{path}: a teacher, which cannot stream; distil a student by distill.py")
-    net.fused = cfg.attention == "auto" and has_kernel(device)
+    net.fused = cfg.attention == "auto" and has_kernel(net)
     if device.type == "cuda":
         print(f"attention: {'kernels.py' if net.fused else 'dense'}", file=sys.stderr)
     if cfg.video:
