@@ -1,9 +1,9 @@
-"""Every number and figure in the README. The last line is one JSON object; figures in out/bench/.
+"""The numbers and figures of the README. The last line is one JSON object; figures in out/bench/.
 
 python bench.py speed --config tiny         # frames a second, time to the first one, training
 python bench.py quality --config small      # the judge's table: truth, teacher, student
 python bench.py trajectory --config small   # what the paper saw in its teacher, in this one
-python bench.py ablate --config tiny        # the distillation with one thing changed at a time
+python bench.py ablate --config tiny --weights out/tiny    # the distillation, one thing changed
 python bench.py long --config small         # three minutes streamed, the last against the first
 python bench.py attention --config small    # the stream's: dense, and by kernels.py
 """
@@ -48,7 +48,7 @@ class Options:
     device: str = opt("", "cuda, mps or cpu; the best there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
     seed: int = opt(0, least=0)
-    rounds: int = opt(5, "speed, attention: times that each row is measured, taking turns")
+    rounds: int = opt(5, "speed: times that each row is measured, taking turns")
     clips: int = opt(0, "people; if not given 64, trajectory 12, long 4", least=2)
     seconds: int = opt(180, "long: of each stream", least=20)
     only: str = opt("", "ablate: rows whose names hold one of these words, with commas between")
@@ -91,7 +91,7 @@ def judged(dub, pairs, judge):
 
 
 def recipe_of(config):
-    """1.3B: the paper's network at its 512 pixels; 384 tokens a latent frame (paper: 1,024)."""
+    """1.3B: the shape of the paper's network, at 512 pixels; 384 tokens a latent frame (1,024)."""
     large = dict(size=512, patch=16, width=1536, depth=30, heads=12)
     return distill.Config(**dict(distill.PRESETS, **{"1.3B": large})[config])
 
@@ -325,7 +325,7 @@ VARIANTS = {  # and the paper's Sync-C and FVD
 
 
 def ablate(cfg, device):
-    """The distillation with one thing changed at a time, each from its seed's init and with the
+    """The distillation with one thing changed at a time, each from the same teacher and with the
     same budget, then the judge. What is there, in its folder, is not trained again."""
     wanted = [name for name in VARIANTS if any(w.strip() in name for w in cfg.only.split(","))]
     if not wanted:

@@ -33,7 +33,7 @@ class Config:
     patch: int = opt(8, "pixels, side of a token's square")
     width: int = opt(256, "D")
     depth: int = opt(4, "blocks")
-    heads: int = opt(4)
+    heads: int = opt(4, "of attention")
     chunk: int = opt(3, "latent frames generated at a time (paper: 3)")
     sink: int = opt(1, "first latent frames, always attended to (paper: 1)", least=0)
     window: int = opt(6, "latest latent frames attended to, the chunk included (paper: 6)")

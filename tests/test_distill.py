@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -157,6 +158,10 @@ def test_a_stopped_stage_goes_on_to_the_same_end(train, clips, stage, tmp_path, 
         with pytest.raises(runtime.Fail, match="step 3: not finite.*lower learning rate$"):
             train(stage, tmp_path / "halves", broken)
     assert [*(tmp_path / "halves").glob("*.pt")] == [path] and path.read_bytes() == saved
+    (tmp_path / "other").mkdir()
+    shutil.copy(path, tmp_path / "other")  # of other options: not gone on with
+    ends = [train(stage, tmp_path / name, edges=2.5) for name in ("other", "anew")]
+    torch.testing.assert_close(*ends)
     torch.testing.assert_close(train(stage, tmp_path / "halves"), whole)
     rows = [json.loads(line) for line in open(tmp_path / "halves/log.jsonl")]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
