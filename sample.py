@@ -1,7 +1,7 @@
 """Dub a video: the teacher's many-step sampler, and the student that streams in two steps a chunk.
 
     python sample.py                                    # a held-out drawn face: out/dub.mp4
-    python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128
+    python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128    # --compile on
     python sample.py --video IN.mp4 --audio IN.wav --out - | ffplay -f rawvideo \\
         -pixel_format rgb24 -video_size 640x480 -framerate 25 -     # IN.mp4's size
 
@@ -249,7 +249,8 @@ def stream(net, source, audio, seed=0, compile=False):
     the end. Holds one chunk, the one before, and the cache.
 
     compile: once the window is full, every chunk is the same work at the same addresses. So it is
-    captured once, as a CUDA graph, and from then on replayed by one call instead of a thousand."""
+    captured once, as a CUDA graph, and replayed by one call instead of a thousand. (Attention by
+    kernels.py: set net.fused.)"""
     cfg, device, n = net.cfg, net.head.weight.device, 4 * net.cfg.chunk
     if compile and device.type != "cuda":
         raise Fail("--compile on captures CUDA graphs, which needs an NVIDIA GPU")
@@ -412,8 +413,7 @@ def main(argv):
         return dub_file(net, cfg)
     pairs = [data.dub_pair(1000 + cfg.seed, 96, net.cfg.size)]
     side_by_side(cfg.out, net, pairs, cfg.seed, cfg.compile == "on")
-    png = Path(cfg.out).with_suffix(".png")
-    print(f"{cfg.out}: source | dub | truth, a face and a voice never seen in training; {png}")
+    print(f"{cfg.out} (and .png): source | dub | truth, a face and a voice never seen in training")
 
 
 if __name__ == "__main__":
