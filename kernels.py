@@ -12,7 +12,7 @@ product, a roll and a sum each), attend. What lies between them goes out to memo
     a block's attention, H100         .30 -> .08 ms        .21 -> .12 ms
 
 A launch costs some microseconds whatever it does, so a small student waits for nothing else. (Timed
-eagerly; how busy the host was decides the dense rows.)
+eagerly, once, by `bench.py attention`; launches and bytes are counted by hand.)
 
 If you have never seen Triton: `kernel` runs once for every BLOCK_Q queries of every head, many at a
 time. A tensor in it is a small tile in registers; tl.load fetches one by its addresses (a pointer
