@@ -45,7 +45,7 @@ def mel_filters():
     freq = np.linspace(0, RATE / 2, 201)[:, None]
     rise = (freq - edges[:-2]) / np.diff(edges)[:-1]
     fall = (edges[2:] - freq) / np.diff(edges)[1:]
-    return torch.from_numpy(np.maximum(0, np.minimum(rise, fall))).float()
+    return torch.from_numpy(np.maximum(0, np.minimum(rise, fall)))
 
 
 def log_mel(audio):
@@ -56,9 +56,9 @@ def log_mel(audio):
     window = torch.hann_window(400)
     spectrum = torch.stft(audio, 400, HOP, window=window, center=False, return_complex=True)
     power = torch.view_as_real(spectrum).square().sum(-1)
-    # Not a matrix product: how that rounds depends on the number of frames on some CPUs, and a
-    # streamed chunk must hear the same, bit for bit, as in the whole file.
-    mel = (power.T[:, :, None] * mel_filters()).sum(1)
+    # In double: how a product rounds depends on the number of frames on some CPUs, and a streamed
+    # chunk must hear the same, bit for bit, as in the whole file.
+    mel = (power.T.double() @ mel_filters()).float()
     return (mel.clamp(min=1e-5).log10() + 1.5) / 3
 
 
@@ -176,8 +176,9 @@ class Clips:
         start = torch.where(place < before, place, first + T + place - before)
         still = torch.rand(B, T // k, 1, generator=rng, device=device) < STILL
         frame = torch.where(still, 0, torch.arange(k, device=device))
-        reference = self.video[clip, (start[..., None] + frame).flatten(1)]
-        source = self.video[clip, first + torch.arange(T, device=device)]
+        frames, begins = self.video.flatten(0, 1), clip * self.video.shape[1]
+        reference = frames[begins + (start[..., None] + frame).flatten(1)]
+        source = frames[begins + first + torch.arange(T, device=device)]
         # What is heard before and after the clip is silence.
         at = 4 * first + torch.arange(-AUDIO_BACK, 4 * T + AUDIO_AHEAD, device=device)
         inside = (at >= 0) & (at < self.mel.shape[1])

@@ -32,7 +32,7 @@ from syncnet import means, reward_weights
 
 AUDIO_DROP = 0.12  # of the teacher's clips are told nothing, for guidance
 INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
-JUDGE_CLIPS, TABLE_CLIPS = 2000, 16  # people at most that the judge learns from; in the last table
+JUDGE_CLIPS, TABLE_CLIPS = 800, 16  # people at most that the judge learns from; in the last table
 
 
 @dataclasses.dataclass
@@ -45,7 +45,7 @@ class Config(nn_model.Config):
     folder: str = opt("", "train on the mp4s in this folder instead of drawn clips")
     device: str = opt("", "cuda, mps or cpu; the best there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
-    compile: str = opt("auto", "torch.compile in training; auto: on a GPU", ("on", "off", "auto"))
+    compile: str = opt("auto", "training; auto: long stages on a GPU", ("on", "off", "auto"))
     seed: int = opt(0, "of weights, noise and batches", least=0)
     clips: int = opt(700, "drawn clips in memory")
     latents: int = opt(12, "latent frames of a sample, 1.92 s (paper: 21)")
@@ -109,15 +109,16 @@ def look_at(student, watch, judge):
 
 def minutes(cfg, device):
     """Roughly what the job takes here: a clip drawn and a pass are timed, and passes counted, a
-    backward one as two."""
+    backward one as two to three."""
     bundled = f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
     found = cfg.teacher, f"{cfg.out}/teacher.pt", "" if cfg.folder or cfg.start else bundled
     teacher_too = cfg.fresh or not any(map(os.path.isfile, found))
-    passes = 3.5 * cfg.batch * cfg.teacher_steps if teacher_too else 0
+    passes = 4 * cfg.batch * cfg.teacher_steps if teacher_too else 0
     if cfg.stage != "teacher":
-        passes += 3.5 * cfg.batch * cfg.init_steps
+        passes += 5 * cfg.batch * cfg.init_steps
     if cfg.stage == "all":
-        passes += 6 * (cfg.critic_updates + 1) * cfg.dmd_batch * cfg.dmd_steps
+        passes += 7 * (cfg.critic_updates + 1) * cfg.dmd_batch * cfg.dmd_steps
+        passes += 2 * sample.STEPS * TABLE_CLIPS
     one = seconds_a_pass(network_of(cfg), cfg.latents, device)
     begun = time.time()
     data.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device)
@@ -162,7 +163,7 @@ def train_teacher(cfg, clips, reward, judge, watch):
     muon, adam = runtime.Muon(matrices, cfg.muon_lr), adam_w(others, cfg.teacher_lr, (0.9, 0.98))
     parts = dict(net=net, average=average, muon=muon, adam=adam)
     progress = Progress(cfg, "teacher", steps, rng, **parts)
-    loss_of = compiled(teacher_loss, cfg.compile, device)
+    loss_of = compiled(teacher_loss, cfg.compile, device, steps)
 
     def look():
         how = dict(steps=10, guidance=cfg.guidance, latents=cfg.latents)
@@ -172,14 +173,16 @@ def train_teacher(cfg, clips, reward, judge, watch):
         # Timing first, then edges, then what the expert sees: from 0 to 1 in the second half, and
         # in the third quarter. From another teacher's weights, at once.
         late = 2 * step / steps - (not cfg.start)
-        edges = torch.tensor(min(1.0, max(0.0, late)) * cfg.edges, device=device)
-        view = torch.tensor(min(1, 2 * late) * cfg.view, device=device) if late > 0 else None
+        edges = torch.full((), min(1.0, max(0.0, late)) * cfg.edges, device=device)
+        view = torch.full((), min(1.0, max(0.0, 2 * late)) * cfg.view, device=device)
+        if late <= 0 and loss_of is teacher_loss:
+            view = None  # spares a tenth of a step; a second graph would take as long to compile
 
         batch = clips.draw(B, cfg, rng)
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
         t = times_like(batch, cfg.t_shift, rng, lowest=0.02)
         drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
-        with mixed(device):
+        with mixed(net):
             loss = loss_of(net, reward, batch, noise, t, drop, cfg, edges, view)
         loss.backward()
         pace = rate(step, steps)
@@ -217,7 +220,7 @@ def train_init(cfg, teacher, clips, reward, judge, watch):
     adam = adam_w(net.parameters(), cfg.init_lr, (0.9, 0.98))
     progress = Progress(cfg, "init", steps, rng, net=net, average=average, adam=adam)
     look = functools.partial(look_at, average, watch, judge)
-    loss_of = compiled(init_loss, cfg.compile, device)
+    loss_of = compiled(init_loss, cfg.compile, device, steps)
     levels = torch.tensor(student_times(cfg), device=device)
 
     for step in progress:
@@ -227,7 +230,7 @@ def train_init(cfg, teacher, clips, reward, judge, watch):
         level = levels[torch.randint(len(levels), shape, generator=rng, device=device)]
         clean = torch.rand(shape, generator=rng, device=device) < INIT_CLEAN
         t = torch.where(clean, 0.0, level).repeat_interleave(cfg.chunk, 1)  # B L
-        with mixed(device):
+        with mixed(net):
             loss = loss_of(net, reward, batch, noise, t, cfg)
         loss.backward()
         norm = update(net, {adam: cfg.init_lr * rate(step, steps)})
@@ -288,7 +291,7 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
     parts = dict(student=student, critic=critic, adam=adam, critic_adam=critic_adam)
     progress = Progress(cfg, "student", steps, rng, average=average, **parts)
     look = functools.partial(look_at, average, watch, judge)
-    critic_loss_of = compiled(flow_loss, cfg.compile, device)
+    critic_loss_of = compiled(flow_loss, cfg.compile, device, steps * cfg.critic_updates)
 
     for step in progress:
         for turn in range(1, cfg.critic_updates + 1):
@@ -298,12 +301,12 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
             # The student dubs the batch, up to one of its calls, drawn by chance.
             chance = np.random.default_rng([cfg.seed, step, turn])
             call = int(chance.integers(cfg.student_steps))
-            with torch.set_grad_enabled(students_turn), mixed(device):
+            with torch.set_grad_enabled(students_turn), mixed(student):
                 X = rollout(student, embed(student, batch), call, rng)
 
             # The last of these turns trains the student ...
             if students_turn:
-                with mixed(device):
+                with mixed(student):
                     loss, c = student_loss(cfg, X, batch, teacher, critic, reward, rng)
                 loss.backward()
                 norm = update(student, {adam: cfg.student_lr})
@@ -312,7 +315,7 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
             # ... and every turn the critic.
             X = X.detach()
             t = times_like(batch, cfg.dmd_shift, rng, lowest=0.001)
-            with mixed(device):
+            with mixed(critic):
                 cond = embed(critic, batch)
                 critic_loss, _ = critic_loss_of(critic, X, noise_like(X, rng), t, cond, cfg)
             critic_loss.backward()

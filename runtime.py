@@ -111,11 +111,13 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def mixed(device):
-    """Autocast to fast_dtype. Without its cache of cast weights: one that a call without gradient
-    fills would cut off the gradient of the next."""
-    on = fast_dtype(device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+def mixed(net):
+    """Autocast to fast_dtype, unless its weights are in that already: then there is nothing to
+    cast. Without the cache of cast weights: one that a call without gradient fills would cut off
+    the gradient of the next."""
+    weight = next(net.parameters())
+    on = weight.dtype == torch.float32 and fast_dtype(weight.device) == torch.bfloat16
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
 
 def synchronize(device):
@@ -124,9 +126,10 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
-def compiled(function, switch, device):
-    """torch.compile of a training step, if `switch` is on, or auto and the device a GPU."""
-    on = switch == "on" or switch == "auto" and device.type == "cuda"
+def compiled(function, switch, device, steps):
+    """torch.compile of a training step, if `switch` is on, or auto and it pays: on a GPU, where the
+    first step then takes a minute or so, in a long stage."""
+    on = switch == "on" or switch == "auto" and device.type == "cuda" and steps > 1000
     return torch.compile(function) if on else function
 
 

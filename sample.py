@@ -82,7 +82,7 @@ def embed_clip(net, source, mel, start=0, end=None):
     end = source.shape[1] // 4 if end is None else end
     video, part = to_float(middle(source)), slice(4 * start, 4 * end)
     reference = previous_chunk(video, net.cfg)
-    with mixed(source.device):
+    with mixed(net):
         return net.embed(video[:, part], reference[:, part], data.hearing(mel, start, end))
 
 
@@ -139,7 +139,7 @@ def dub_teacher(net, source, mel, steps=STEPS, guidance=1.0, latents=12, seed=0)
     for start in range(0, L, latents):
         start = max(0, min(start, L - latents))
         cond = embed_clip(net, source, mel, start, min(L, start + latents))
-        with mixed(source.device):
+        with mixed(net):
             x0[:, start : start + latents] = euler(net, cond, steps, guidance, rng)
     return to_frames(net, x0, source)
 
@@ -162,7 +162,7 @@ def generate(net, conds, noise=torch.randn_like):
     cache = None
     for cond in conds:
         empty = cond.known.float()
-        with mixed(empty.device):
+        with mixed(net):
             if cache is None:
                 cache = Cache(net, len(empty))
                 first, *later = student_times(net.cfg)
@@ -174,7 +174,7 @@ def generate(net, conds, noise=torch.randn_like):
                 x_t = add_noise(x0, noise(empty), t)
                 x0 = net(x_t, mods[t], cond, cache=cache).float()
         yield x0  # before the cache is written: the next chunk needs that, a viewer does not
-        with mixed(empty.device):
+        with mixed(net):
             net(x0, mods[0.0], cond, cache=cache, store=True)
         cache.advance()
 
@@ -254,18 +254,15 @@ def stream(net, source, audio, seed=0, compile=False):
     cfg, device, n = net.cfg, net.head.weight.device, 4 * net.cfg.chunk
     if compile and device.type != "cuda":
         raise Fail("--compile on captures CUDA graphs, which needs an NVIDIA GPU")
-    rng, graph, made = torch.Generator().manual_seed(seed), None, None
-    shape = cfg.student_steps, 1, cfg.chunk, *net.mask.shape
-    # The same noise on any device.
-    drawn = torch.empty(shape, pin_memory=device.type == "cuda").normal_(generator=rng)
-    eps, now, last = drawn.to(device, copy=True), [], []  # Cond of this chunk; x0, Cond of the last
-    turns = itertools.cycle(eps)
+    rng, graph, made = torch.Generator(device).manual_seed(seed), None, None
+    eps = torch.empty(cfg.student_steps, 1, cfg.chunk, *net.mask.shape, device=device)
+    turns, now, last = itertools.cycle(eps), [], []  # Cond of this chunk; x0, Cond of the last
 
     def conds():
         reference = to_float(middle(pixels[:, :1])).repeat_interleave(n, 1)
         while True:
             video = to_float(middle(pixels))
-            with mixed(device), torch.no_grad():
+            with mixed(net), torch.no_grad():
                 cond = net.embed(video, reference, heard)
             reference.copy_(video)
             now[:] = cond
@@ -284,7 +281,7 @@ def stream(net, source, audio, seed=0, compile=False):
             made = generate(net, conds(), lambda x: next(turns))
         pixels.copy_(video)
         heard.copy_(mel)
-        eps.copy_(drawn)
+        eps.normal_(generator=rng)
         if compile and graph is None and c * cfg.chunk >= cfg.sink + cfg.window:
             graph, read = torch.cuda.CUDAGraph(), list(last)
             with torch.cuda.graph(graph):
@@ -295,7 +292,6 @@ def stream(net, source, audio, seed=0, compile=False):
             frames = chunk()
         else:
             graph.replay()
-        drawn.normal_(generator=rng)  # the next chunk's, while a GPU works
         yield frames[0, :length].cpu()
 
 

@@ -118,7 +118,7 @@ def score(net, rectangle, mel):
     if T < 12:
         raise Fail(f"{T} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
     v = []
-    with runtime.mixed(rectangle.device):
+    with runtime.mixed(net):
         for start in range(0, T - SPAN + 1, AT_ONCE):
             part = rectangle[:, start : start + AT_ONCE + SPAN - 1]
             v.append(net.watch(to_float(part) if part.dtype == torch.uint8 else part)[1])
@@ -160,7 +160,7 @@ def measures(dub, pairs, judge):
     rows = []
     videos = dub.split(1), pairs.truth.split(1)  # one by one: whatever the batch, it fits
     for one, true, mel, drawn in zip(*videos, pairs.mel.split(1), pairs.mouth.split(1)):
-        with runtime.mixed(dub.device):
+        with runtime.mixed(judge):
             read = judge.watch(to_float(mouth_rectangle(one)))[2]
         opening, truth = (x[..., 0] - x[..., 0].mean(1, keepdim=True) for x in (read, drawn))
         row = dict(
@@ -177,7 +177,7 @@ def measures(dub, pairs, judge):
 @torch.no_grad()
 def features(judge, dub):
     """What the judge sees in each frame of each clip (n, T, S, S, 3) uint8 -> (n T, channels)."""
-    with runtime.mixed(dub.device):
+    with runtime.mixed(judge):
         seen = [judge.watch(to_float(mouth_rectangle(one[None])))[0] for one in dub]
     return torch.cat(seen, 1)[0]
 
@@ -208,7 +208,7 @@ def train(path, cfg, clips, steps, seed, held_out, **more):
     if not drawn:  # nobody measured recorded mouths: let view_loss see none either
         nn.init.zeros_(net.mouth.weight)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.11)
     T = min(48, clips.video.shape[1])
     for step in range(1, steps + 1):
         video, mel, shape = clips.moments(BATCH, T, rng)
@@ -216,7 +216,7 @@ def train(path, cfg, clips, steps, seed, held_out, **more):
         level = torch.randn(BATCH, 1, 1, generator=rng, device=device)
         light = torch.randn(BATCH, 1, 1, 1, 1, generator=rng, device=device)
         rectangle = to_float(video.chunk(2, 2)[1]) * (1 + 0.1 * light)
-        with runtime.mixed(device):
+        with runtime.mixed(net):
             _, v, read = net.watch(rectangle)
             a = net.listen(mel + 0.05 * level)
         loss, hits = nce(v, a, net.log_scale.exp().clamp(max=100))

@@ -57,7 +57,7 @@ def test_a_compiled_training_step_is_the_eager_one(tiny, cfg):
     drop, losses, gradients = torch.arange(4, device=CUDA) < 1, [], []
     for switch in ("off", "on"):
         net = copy.deepcopy(tiny).to(CUDA).requires_grad_(True)
-        step = runtime.compiled(distill.teacher_loss, switch, CUDA)
+        step = runtime.compiled(distill.teacher_loss, switch, CUDA, 1)
         losses.append(step(net, expert, batch, noise, t, drop, cfg, one, one))
         losses[-1].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))

@@ -79,7 +79,7 @@ def test_a_judge_from_the_command_line(tmp_path, expert_file, capsys):
 @torch.no_grad()
 def test_measures_of_the_truth_of_a_mumbler_and_of_a_blur(expert, watch):
     """A mumbler, in step with the truth, opens half as far: gain 1/2."""
-    with runtime.mixed(torch.device("cpu")):
+    with runtime.mixed(expert):
         read = torch.cat([expert.watch(to_float(mouth_rectangle(x[None])))[2] for x in watch.truth])
     found = syncnet.measures(watch.truth, watch._replace(mouth=2 * read), expert)
     torch.testing.assert_close(found["gain"], torch.full((2,), 0.5))
