@@ -35,8 +35,7 @@ from sample import STEPS, dub_student, dub_teacher, tau
 from syncnet import features, frechet, load_syncnet, measures
 
 COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
-LABELS = "Sync-C", "PSNR (dB)", "landmark (%)", "gain", "sharp (truth: 1)", "Fréchet distance"
-LABELS = dict(zip(COLUMNS, LABELS))
+LABELS = dict(zip(COLUMNS, ("Sync-C", "PSNR (dB)", "landmark (%)", "gain", "sharp", "Fréchet")))
 CLIPS = dict(quality=64, ablate=64, trajectory=12, long=4)  # people, if --clips is not given
 
 
@@ -151,27 +150,28 @@ def speed(cfg, device):
     ratio = result["student"]["fps"] / result["teacher_guided"]["fps"]
     bound = 2 * STEPS / (recipe.student_steps + 1)  # by the count of passes
     result.update(ratio=ratio, bound=bound, peak_gflops=peak)
-    return result if cfg.config == "1.3B" else dict(result, train=training(recipe, device))
+    return result if cfg.config == "1.3B" else result | dict(train=training(recipe, device))
 
 
 def by_parts(dub, net, pairs, **how):
     """dub(net, source, mel) of all pairs, 8 at a time, so that they fit into any memory."""
-    parts = zip(pairs.source.split(8), pairs.mel.split(8))
-    return torch.cat([dub(net, source, mel, **how) for source, mel in parts])
+    parts = enumerate(zip(pairs.source.split(8), pairs.mel.split(8)))
+    return torch.cat([dub(net, *part, seed=seed, **how) for seed, part in parts])
 
 
 def quality(cfg, device):
     """The judge's table."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
-    pairs = data.held_out(cfg.clips, student.cfg.size, "held-out", device)
-    rows, other = dict(truth=judged(pairs.truth, pairs, judge)), []
+    first, size = SPLITS["held-out"], student.cfg.size
+    people = range(first, first + 2 * cfg.clips, 2)
+    pairs = data.held_out(cfg.clips, size, "held-out", device)
+    rows = dict(truth=judged(pairs.truth, pairs, judge))
     # Only what no sound decides is changed: nothing that commits itself to one mouth can be closer.
-    for i in range(SPLITS["held-out"], SPLITS["held-out"] + 2 * cfg.clips, 2):
-        how = dict(text=i + 1, detail=i + 1_000_000, device=device)
-        other.append(draw(i, 96, student.cfg.size, **how).video)
+    other = [draw(i, 96, size, i + 1, detail=i + 1_000_000, device=device).video for i in people]
     rows["truth, other detail"] = judged(torch.stack(other), pairs, judge)
-    taught = ("teacher", 50, 1.0), ("teacher_guided", 50, 1.5), ("teacher, guidance 2", 50, 2.0)
-    for name, steps, scale in (*taught, ("teacher, 1 step", 1, 1.0), ("teacher, 2 steps", 2, 1.0)):
+    ways = {"teacher": (50, 1.0), "teacher_guided": (50, 1.5), "teacher, guidance 2": (50, 2.0)}
+    ways |= {"teacher, guidance 3": (50, 3.0), "teacher, 1 step": (1, 1.0)}
+    for name, (steps, scale) in ways.items():
         dub = by_parts(dub_teacher, teacher, pairs, steps=steps, guidance=scale)
         rows[name] = judged(dub, pairs, judge)
     rows["student"] = judged(by_parts(dub_student, student, pairs), pairs, judge)
@@ -294,9 +294,8 @@ def trajectory(cfg, device):
         for key, value in row.items():
             rows.setdefault(line, {}).setdefault(key, []).append(value)
         if (line, x) in MOUTHS:
-            three = (
-                mouth_rectangle(frames)[range(len(moments)), moments].flatten(0, 1).cpu().numpy()
-            )
+            three = mouth_rectangle(frames)[range(len(moments)), moments]
+            three = three.flatten(0, 1).cpu().numpy()
             mouths[f"{MOUTHS[line, x]}\nsharp {row['sharp']:.2f}"] = three
     path = f"{cfg.out}/trajectory-{cfg.config}"
     people = f"{cfg.clips} held-out people, noise seed 0"
