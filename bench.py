@@ -154,7 +154,7 @@ def speed(cfg, device):
 
 
 def by_parts(dub, net, pairs, **how):
-    """dub(net, source, mel) of all pairs, 8 at a time, so that they fit into any memory."""
+    """dub(net, source, mel) of all pairs, 8 at a time for memory's sake, each with own noise."""
     parts = enumerate(zip(pairs.source.split(8), pairs.mel.split(8)))
     return torch.cat([dub(net, *part, seed=seed, **how) for seed, part in parts])
 
@@ -187,7 +187,7 @@ MOUTHS |= {("student", 1): "student, 1st guess", ("student", 2): "2nd", ("truth"
 @torch.no_grad()
 def looked_at(teacher, student, pairs, s, band, latents=12):
     """Yields (line, x), frames: the teacher's guesses along 50 steps, and where they end, and two;
-    the student's; the truth. Windows and noise are dub_teacher's."""
+    the student's; the truth. Windows are dub_teacher's."""
     starts = range(0, pairs.source.shape[1] // 4, latents)
     conds = [sample.embed_clip(teacher, pairs.source, pairs.mel, i, i + latents) for i in starts]
     cond = model.Cond(*(torch.cat(windows) for windows in zip(*conds)))
@@ -298,7 +298,7 @@ def trajectory(cfg, device):
             three = three.flatten(0, 1).cpu().numpy()
             mouths[f"{MOUTHS[line, x]}\nsharp {row['sharp']:.2f}"] = three
     path = f"{cfg.out}/trajectory-{cfg.config}"
-    people = f"{cfg.clips} held-out people, noise seed 0"
+    people = f"{cfg.clips} held-out people"
     advice = figures(path, rows, s, f"{people}; bars: one standard error.")
     figure, axes = plt.subplots(1, len(mouths), figsize=(14, 4.6), layout="constrained")
     for axis, title in zip(axes, mouths):

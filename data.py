@@ -57,7 +57,7 @@ def log_mel(audio):
     spectrum = torch.stft(audio, 400, HOP, window=window, center=False, return_complex=True)
     power = torch.view_as_real(spectrum).square().sum(-1)
     # In double: how a product rounds depends on the number of frames on some CPUs, and a streamed
-    # chunk must hear the same, bit for bit, as in the whole file.
+    # chunk must hear the same, in effect bit for bit, as in the whole file.
     mel = (power.T.double() @ mel_filters()).float()
     return (mel.clamp(min=1e-5).log10() + 1.5) / 3
 
@@ -176,6 +176,7 @@ class Clips:
         start = torch.where(place < before, place, first + T + place - before)
         still = torch.rand(B, T // k, 1, generator=rng, device=device) < STILL
         frame = torch.where(still, 0, torch.arange(k, device=device))
+        # By one index: so a GPU copies whole frames.
         frames, begins = self.video.flatten(0, 1), clip * self.video.shape[1]
         reference = frames[begins + (start[..., None] + frame).flatten(1)]
         source = frames[begins + first + torch.arange(T, device=device)]

@@ -108,8 +108,8 @@ def look_at(student, watch, judge):
 
 
 def minutes(cfg, device):
-    """Roughly what the job takes here: a clip drawn and a pass are timed, and passes counted, a
-    backward one as two to three."""
+    """Roughly what the job takes here: a clip drawn and a pass are timed, and passes counted, with
+    factors for what goes backward that came out right. The experts are left out."""
     bundled = f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
     found = cfg.teacher, f"{cfg.out}/teacher.pt", "" if cfg.folder or cfg.start else bundled
     teacher_too = cfg.fresh or not any(map(os.path.isfile, found))
@@ -118,8 +118,9 @@ def minutes(cfg, device):
         passes += 5 * cfg.batch * cfg.init_steps
     if cfg.stage == "all":
         passes += 7 * (cfg.critic_updates + 1) * cfg.dmd_batch * cfg.dmd_steps
-        passes += 2 * sample.STEPS * TABLE_CLIPS
-    one = seconds_a_pass(network_of(cfg), cfg.latents, device)
+        passes += 24 / cfg.latents * sample.STEPS * TABLE_CLIPS
+    n = 4 if device.type == "cpu" else min(32, cfg.batch)
+    one = seconds_a_pass(network_of(cfg), cfg.latents, device, n)
     begun = time.time()
     data.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device)
     return (cfg.clips * (time.time() - begun) + passes * one) / 60
@@ -172,10 +173,10 @@ def train_teacher(cfg, clips, reward, judge, watch):
     for step in progress:
         # Timing first, then edges, then what the expert sees: from 0 to 1 in the second half, and
         # in the third quarter. From another teacher's weights, at once.
-        late = 2 * step / steps - (not cfg.start)
-        edges = torch.full((), min(1.0, max(0.0, late)) * cfg.edges, device=device)
-        view = torch.full((), min(1.0, max(0.0, 2 * late)) * cfg.view, device=device)
-        if late <= 0 and loss_of is teacher_loss:
+        late = min(1.0, max(0.0, 2 * step / steps - (not cfg.start)))
+        edges = torch.full((), late * cfg.edges, device=device)
+        view = torch.full((), min(1.0, 2 * late) * cfg.view, device=device)
+        if late == 0 and loss_of is teacher_loss:
             view = None  # spares a tenth of a step; a second graph would take as long to compile
 
         batch = clips.draw(B, cfg, rng)

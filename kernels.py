@@ -110,7 +110,8 @@ def kernel(
 
 
 def blocks(wide, d, n):
-    """BLOCK_Q and BLOCK_K: as registers hold without spills, and enough programs for a GPU."""
+    """BLOCK_Q and BLOCK_K: as registers hold without spills; for short chunks small, so that there
+    are enough programs to keep a GPU busy."""
     if wide:  # float32
         return (32, 32) if d < 128 else (16, 16)
     return (64, 32) if n > 512 else (32, 32)

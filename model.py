@@ -337,9 +337,9 @@ def denoising_loss(net, x, y, weight, edges):
 
 
 @torch.no_grad()
-def seconds_a_pass(cfg, latents, device):
-    """A sample through a network of this config, here."""
-    net, n = DiT(cfg).to(device, runtime.fast_dtype(device)), 4 if device.type == "cpu" else 32
+def seconds_a_pass(cfg, latents, device, n):
+    """A sample through a network of this config, here, in a batch of n."""
+    net = DiT(cfg).to(device, runtime.fast_dtype(device))
     x = torch.zeros(n, 4 * latents, cfg.size, cfg.size * 3 // 4, 3, device=device)
     heard = torch.zeros(n, AUDIO_BACK + 16 * latents + AUDIO_AHEAD, MELS, device=device)
     spent = []

@@ -112,9 +112,7 @@ def fast_dtype(device):
 
 
 def mixed(net):
-    """Autocast to fast_dtype, unless its weights are in that already: then there is nothing to
-    cast. Without the cache of cast weights: one that a call without gradient fills would cut off
-    the gradient of the next."""
+    """Autocast to fast_dtype, unless the weights are in it. Its cache would cut off gradients."""
     weight = next(net.parameters())
     on = weight.dtype == torch.float32 and fast_dtype(weight.device) == torch.bfloat16
     return torch.autocast(weight.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
@@ -127,9 +125,8 @@ def synchronize(device):
 
 
 def compiled(function, switch, device, steps):
-    """torch.compile of a training step, if `switch` is on, or auto and it pays: on a GPU, where the
-    first step then takes a minute or so, in a long stage."""
-    on = switch == "on" or switch == "auto" and device.type == "cuda" and steps > 1000
+    """torch.compile of a training step: on, or auto where that pays: a long stage on a GPU."""
+    on = switch == "on" or switch == "auto" and device.type == "cuda" and steps >= 3000
     return torch.compile(function) if on else function
 
 
@@ -247,16 +244,15 @@ def free_space(folder, need=64 << 20, instead="choose another --out"):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise Fail(f"{folder}: cannot be written ({e.strerror}); {instead}") from None
-    free = shutil.disk_usage(folder).free
-    if free < need:
+    if (free := shutil.disk_usage(folder).free) < need:
         raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}")
 
 
 def save(path, net=None, /, **state):  # a state may hold another `net`
-    """torch.save beside `path`, then rename: never half a checkpoint. Weights of `net` in float16;
-    bf16, eight times as coarse, would round away most of what a distillation has moved."""
+    """torch.save beside `path`, then rename: never half a file. Weights of `net` in float16."""
     free_space(Path(path).parent)
     if net:
+        # bf16, eight times as coarse, rounds away most of what DMD in float32 has moved.
         state["model"] = {name: value.half() for name, value in net.state_dict().items()}
     partial = Path(f"{path}.writing")
     try:

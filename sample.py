@@ -91,7 +91,7 @@ def join(x0, mask, chunk, before=None):
     mask, the first frame of each token leans to the last one of the token before. x0 (B, L, N, P)
     from the start of a chunk on, `before` the x0 that ends there -> x0 to show. (The cache holds it
     unjoined, as in training.) At small, frames then change at borders as much as elsewhere, 1.1 to
-    1.2 times as much as the truth's; 1.5 and 1.2 times without. More would cost sync."""
+    1.2 times as much as the truth's; without, 1.5 times where a chunk starts. More costs sync."""
     n = x0.shape[-1] // 4  # values of a frame
     first = x0[:, :1, :, :n] if before is None else before[:, -1:, :, -n:]
     last = torch.cat([first, x0[:, :-1, :, -n:]], 1)
@@ -249,14 +249,15 @@ def stream(net, source, audio, seed=0, compile=False):
     the end. Holds one chunk, the one before, and the cache.
 
     compile: once the window is full, every chunk is the same work at the same addresses. So it is
-    captured once, as a CUDA graph, and replayed by one call instead of a thousand. (Attention by
-    kernels.py: set net.fused.)"""
+    captured once, as a CUDA graph, and replayed by one call instead of hundreds. (Attention by
+    kernels.py: set net.fused.) Noise is the device's own: another GPU or CPU, other details."""
     cfg, device, n = net.cfg, net.head.weight.device, 4 * net.cfg.chunk
     if compile and device.type != "cuda":
         raise Fail("--compile on captures CUDA graphs, which needs an NVIDIA GPU")
     rng, graph, made = torch.Generator(device).manual_seed(seed), None, None
     eps = torch.empty(cfg.student_steps, 1, cfg.chunk, *net.mask.shape, device=device)
-    turns, now, last = itertools.cycle(eps), [], []  # Cond of this chunk; x0, Cond of the last
+    turns = itertools.cycle(eps)
+    now, last = [], []  # Cond of this chunk; x0, Cond of the last
 
     def conds():
         reference = to_float(middle(pixels[:, :1])).repeat_interleave(n, 1)

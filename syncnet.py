@@ -185,7 +185,7 @@ def features(judge, dub):
 def frechet(a, b):
     """Frechet distance of two sets of features (n, E), as FID is: |m - m'|^2 + tr(C + C' -
     2 (C C')^1/2). What distribution matching is for: exaggeration is far, and so is an average of
-    mouths. (A plain blur is not: the truth at sharp .45 is .03 from itself.)"""
+    mouths. (A plain blur is not: the truth, blurred to sharp .45: .03.)"""
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     apart = (a.mean(0) - b.mean(0)).square().sum()

@@ -65,8 +65,9 @@ def mended(monkeypatch):
     convert = interpreter._convert_float
 
     def wide(x):
-        cut = x.data.astype(np.uint32) << 16
-        return cut.view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+        if x.dtype.scalar != tl.bfloat16:
+            return x.data
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
 
     def dot(self, a, b, out, *_):
         product = np.matmul(wide(a), wide(b), dtype=np.float32)
@@ -108,7 +109,7 @@ from triton.compiler import ASTSource
 
 names, made = kernels.kernel.arg_names, []
 numbers = dict.fromkeys(("heads", "per_row", "per_head", "per_batch", "kept_per_head"), "i32")
-numbers |= dict(factor="fp32", q_scale="*fp32", k_scale="*fp32", rope="*fp32")
+numbers["factor"] = "fp32"
 for arch, dtype, d, n in json.loads(sys.argv[1]):
     block_q, block_k = kernels.blocks(dtype == "fp32", d, n)
     fixed = dict(HELD=4 * n // 3, NEW=n, d=d, BLOCK_Q=block_q, BLOCK_K=block_k)
