@@ -113,7 +113,7 @@ def minutes(cfg, device):
     bundled = f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
     found = cfg.teacher, f"{cfg.out}/teacher.pt", "" if cfg.folder or cfg.start else bundled
     teacher_too = cfg.fresh or not any(map(os.path.isfile, found))
-    passes = 4 * cfg.batch * cfg.teacher_steps if teacher_too else 0
+    passes = 3 * cfg.batch * cfg.teacher_steps if teacher_too else 0
     if cfg.stage != "teacher":
         passes += 5 * cfg.batch * cfg.init_steps
     if cfg.stage == "all":
