@@ -2,16 +2,15 @@
 
 A chunk's queries attend to the keys in the cache and to its own, each turned by its place in the
 window. In PyTorch's words (`attention` in model.py) that is eleven launches a block: norm q and k,
-join new keys and values to the held ones, turn q and k (a product, a roll and a sum each), attend.
-What lies between them goes out to memory and comes back:
+join new keys and values to the held ones, turn q and k (a product, a roll and a sum each), attend:
 
                                       a pass at small      at the paper's 1.3B
     launches, dense -> here           66 -> 6              330 -> 30
     bytes, dense -> here              43 -> 6 MB           5.0 -> 0.7 GB
     a block's attention, H100         .30 -> .08 ms        .21 -> .12 ms
 
-A launch costs microseconds whatever it does: a small student waits for nothing else. (Timed once,
-eagerly, by `bench.py attention`; launches and bytes are counted by hand.)
+What one launch writes to memory the next one reads, and each costs microseconds whatever it does.
+(Times: `bench.py attention`, once, eagerly; launches and bytes are counted by hand.)
 
 If you have never seen Triton: `kernel` runs once for every BLOCK_Q queries of every head, many at a
 time. A tensor in it is a tile in registers; tl.load fetches one by its addresses (pointer plus
@@ -21,8 +20,6 @@ largest score so far, the sum of exp(score - largest) and the weighted sum of va
 score turns up, scale these two down. So the matrix of scores never exists as a whole. RoPE turns
 the pair (x[i], x[i + d/2]): a head's halves are two tiles, a score two products.
 """
-
-import math
 
 import torch
 import triton
@@ -110,8 +107,7 @@ def kernel(
 
 
 def blocks(wide, d, n):
-    """BLOCK_Q and BLOCK_K: as registers hold without spills; for short chunks small, so that there
-    are enough programs to keep a GPU busy."""
+    """BLOCK_Q and BLOCK_K: what registers hold; for short chunks less, to keep a GPU busy."""
     if wide:  # float32
         return (32, 32) if d < 128 else (16, 16)
     return (64, 32) if n > 512 else (32, 32)
@@ -128,7 +124,7 @@ def stream_attention(q, k, v, kept, held, q_scale, k_scale, rope):
     block_q, block_k = blocks(q.dtype == torch.float32, d, n)
     kernel[triton.cdiv(n, block_q), B * heads](
         q, k, v, kept[0], kept[1], q_scale, k_scale, rope, y,
-        heads, q.stride(2), q.stride(1), q.stride(0), kept.stride(2), d**-0.5 * math.log2(math.e),
+        heads, q.stride(2), q.stride(1), q.stride(0), kept.stride(2), d**-0.5 * 1.442695,  # log2(e)
         HELD=held, NEW=n, d=d, BLOCK_Q=block_q, BLOCK_K=block_k,
     )  # fmt: skip
     return y.transpose(1, 2)
