@@ -55,7 +55,7 @@ def log_mel(audio):
     audio = F.pad(torch.as_tensor(audio, dtype=torch.float32), (120, 120))
     window = torch.hann_window(400)
     spectrum = torch.stft(audio, 400, HOP, window=window, center=False, return_complex=True)
-    power = torch.view_as_real(spectrum).square().sum(-1)
+    power = spectrum.real.square() + spectrum.imag.square()
     # In double: how a product rounds depends on the number of frames on some CPUs, and a streamed
     # chunk must hear the same, in effect bit for bit, as in the whole file.
     mel = (power.T.double() @ mel_filters()).float()
