@@ -111,8 +111,9 @@ def minutes(cfg, device):
     """Roughly what the job takes here: a clip drawn and a pass are timed, and passes counted, with
     factors for what goes backward that came out right. The experts are left out."""
     bundled = f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
-    found = cfg.teacher, f"{cfg.out}/teacher.pt", "" if cfg.folder or cfg.start else bundled
-    teacher_too = cfg.fresh or not any(map(os.path.isfile, found))
+    anew = cfg.folder or cfg.start or os.path.exists(f"{cfg.out}/begun-fresh")
+    found = map(os.path.isfile, (f"{cfg.out}/teacher.pt", "" if anew else bundled))
+    teacher_too = not cfg.teacher and (cfg.fresh or not any(found))
     passes = 3 * cfg.batch * cfg.teacher_steps if teacher_too else 0
     if cfg.stage != "teacher":
         passes += 5 * cfg.batch * cfg.init_steps
@@ -133,7 +134,7 @@ def seen_differently(reward, x0, batch, cfg):
     return syncnet.view_loss(reward, to_pixels(x0[half], cfg.patch), target(batch)[half])
 
 
-def flow_loss(net, x0, noise, t, cond, cfg, edges=0.0):
+def flow_loss(net, x0, noise, t, cond, cfg, edges=None):
     """Flow matching by a network that predicts x0, loss in velocity space: |v' - v|^2 =
     |x0' - x0|^2 / t^2, clipped. t (B, 1) -> the loss, and x0'."""
     guess = net(add_noise(x0, noise, t), t, cond)
@@ -171,8 +172,8 @@ def train_teacher(cfg, clips, reward, judge, watch):
         return means(sample.dub_teacher(average, watch.source, watch.mel, **how), watch, judge)
 
     for step in progress:
-        # Timing first, then edges, then what the expert sees: from 0 to 1 in the second half, and
-        # in the third quarter. From another teacher's weights, at once.
+        # Timing first. What the expert sees comes in from 0 to 1 in the third quarter, edges in the
+        # second half; half the training earlier if it starts from another teacher's weights.
         late = min(1.0, max(0.0, 2 * step / steps - (not cfg.start)))
         edges = torch.full((), late * cfg.edges, device=device)
         view = torch.full((), min(1.0, 2 * late) * cfg.view, device=device)
@@ -251,7 +252,7 @@ def teacher_guidance(t, cfg):
 
 def dmd_gradient(fake, real, X):
     """g = (f - r) / mean |X - r|, the mean per sample. All (B, L, N, P). The mean here and the
-    one in the loss both run over the known pixels, too: their ratio is that of the masked ones."""
+    one in the loss both count the known pixels, where all is 0: the count cancels."""
     size = (X - real).abs().flatten(1).mean(1).clamp(min=1e-6)
     return (fake - real) / size.view(-1, 1, 1, 1)
 
@@ -353,12 +354,12 @@ def closing_table(cfg, teacher, student, judge, device):
     how = dict(source=pairs.source, mel=pairs.mel)
     dubs = {"truth": pairs.truth}
     dubs["teacher, 50 steps, unguided"] = sample.dub_teacher(teacher, latents=cfg.latents, **how)
-    dubs["student, 2 steps a chunk"] = dub_student(student, **how)
+    dubs[f"student, {cfg.student_steps} steps a chunk"] = dub_student(student, **how)
     print(
         f"\n{TABLE_CLIPS} held-out people, dubbed to other words, and a judge that trains nothing:"
     )
     rows = {name: means(dub, pairs, judge) for name, dub in dubs.items()}
-    runtime.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharp=2, frechet=2))
+    syncnet.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharp=2, frechet=2))
     clip = data.dub_pair(0, pairs.source.shape[1], cfg.size)[1]
     for _ in range(2):  # the first warms up
         fps, ttff = sample.clock(sample.stream(student, clip.video, clip.audio), device)

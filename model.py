@@ -324,15 +324,16 @@ class DiT(nn.Module):
 
 
 def denoising_loss(net, x, y, weight, edges):
-    """Mean of weight (x - y)^2 in the mask and, times `edges`, of the same for the differences
-    between neighbouring pixels in time, y and x: lips, teeth and motion, which are few pixels,
-    count for more, and the best guess is still E[x0 | x_t], since all is quadratic.
+    """Mean of weight (x - y)^2 in the mask and, times `edges` (None: without), of the same for the
+    differences between neighbouring pixels in time, y and x: lips, teeth and motion, which are few
+    pixels, count for more, and the best guess is still E[x0 | x_t], since all is quadratic.
     x, y (B, L, N, P), equal outside the mask; weight (B, L or 1) -> a number."""
     error = (x - y) * weight.sqrt()[..., None, None]
     loss = (error.square() * net.mask).mean()
-    error = to_pixels(error, net.cfg.patch)  # B T height width 3
-    for axis in (1, 2, 3):
-        loss = loss + edges * error.diff(dim=axis).square().mean()
+    if edges is not None:
+        error = to_pixels(error, net.cfg.patch)  # B T height width 3
+        for axis in (1, 2, 3):
+            loss = loss + edges * error.diff(dim=axis).square().mean()
     return loss / net.mask.mean()
 
 
@@ -371,7 +372,7 @@ def load_dit(path, device="cpu", dtype=torch.float32, like=None):
     for key in ("size", "patch", "width", "depth", "heads") if like else ():
         if there[key] != (here := getattr(like, key)):
             what = f"{key} is {there[key]} there and {here} here"
-            raise Fail(f"{path}: {what}; --fresh, or that config")
+            raise Fail(f"{path}: {what}; that config, or another --out")
     net = runtime.restore(path, lambda: DiT(Config(**there)), state["model"])
     net.stage = state["stage"]
     return net.to(device, dtype).eval().requires_grad_(False)
