@@ -30,9 +30,9 @@ import sample
 import syncnet
 from faces import FPS, RATE, SPLITS, draw, dub_pair, mouth_rectangle
 from model import load_dit
-from runtime import Fail, opt, table
+from runtime import Fail, opt
 from sample import STEPS, dub_student, dub_teacher, tau
-from syncnet import features, frechet, load_syncnet, measures
+from syncnet import features, frechet, load_syncnet, measures, table
 
 COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
 LABELS = dict(zip(COLUMNS, ("Sync-C", "PSNR (dB)", "landmark (%)", "gain", "sharp", "Fréchet")))

@@ -22,7 +22,7 @@ FPS = 25  # video frames a second
 RATE = 16000  # audio samples a second
 SPEECH_FPS = 200  # rows of the phoneme track a second
 # Nobody is in two of these: the judge has never seen the people that anything else is trained on,
-# training curves are drawn on `watch`, and every reported number comes from `held-out`.
+# training curves and choices are made on `watch`, and what is reported is of `held-out`.
 SPLITS = {"train": 0, "judge": 10_000_000, "held-out": 20_000_000, "watch": 30_000_000}
 ZOOM = 1.2  # the camera is this near, so that the mouth gets the pixels,
 LIFT = 0.15  # and looks this far down, in halves of the picture

@@ -93,9 +93,12 @@ def find_device(name="", precision=""):
     if PRECISION not in ("", *PRECISIONS[1]):
         raise Fail(f"PRECISION={PRECISION} in the environment: one of {', '.join(PRECISIONS[1])}")
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise Fail(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton and CUDA graphs run
+    return device
 
 
 def fast_dtype(device):
@@ -140,6 +143,13 @@ def keep_memory():
 def ranks():
     """(this process's number, how many there are)"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def shared_mean(x):
+    """The mean of x over the processes; x is used up."""
+    if ranks()[1] > 1:
+        dist.all_reduce(x)
+    return x / ranks()[1]
 
 
 def generator(seed, device):
@@ -213,8 +223,7 @@ def update(net, rates):
     if ranks()[1] > 1:
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
         total = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(total)
-        vector_to_parameters(total / ranks()[1], gradients)
+        vector_to_parameters(shared_mean(total), gradients)
     norm = clip_grad_norm_(net.parameters(), 1.0)
     for optimizer, lr in rates.items():
         for group in optimizer.param_groups:
@@ -289,23 +298,26 @@ def restore(path, build, weights):
     return net
 
 
-def newer(a, b):
-    return a.is_file() and a.stat().st_mtime > b.stat().st_mtime
-
-
 def result(name, cfg, same_world, train):
     """The path of a stage's checkpoint: one that is there (made here before; beside --teacher;
-    bundled), unless of another drawn world or older than what it was made from; or train's."""
+    bundled, if nothing here was begun --fresh), unless of another drawn world or older than what it
+    was made from; or train's."""
     here, begun = Path(cfg.out, f"{name}.pt"), time.time()
     resume, places = here.with_suffix(".resume.pt"), [here]
     expert, given = name in ("judge", "syncnet"), name == "teacher" and cfg.teacher
     if expert and cfg.teacher:
         places.append(Path(cfg.teacher).with_name(here.name))
+    mark = here.with_name("begun-fresh")
+    if cfg.fresh:
+        mark.touch()  # a run that goes on without --fresh takes nothing bundled either
     # The bundled ones have only seen drawn people; the judge of a --folder has, too.
-    if name == "judge" or (expert or name == "teacher") and not cfg.folder:
+    drawn = name == "judge" or (expert or name == "teacher") and not cfg.folder
+    if drawn and not mark.exists():
         places.append(BUNDLED / cfg.config / here.name)
-    source = here.with_name({"init": "teacher.pt", "student": "init.pt"}.get(name, "-"))
-    if cfg.fresh or resume.is_file() and newer(source, resume):
+    made_of = dict(init=cfg.teacher or f"{cfg.out}/teacher.pt", student=f"{cfg.out}/init.pt")
+    source = Path(made_of.get(name, "-"))
+    since = source.stat().st_mtime if source.is_file() else 0
+    if cfg.fresh or resume.is_file() and resume.stat().st_mtime < since:
         resume.unlink(missing_ok=True)
     if name == "teacher" and cfg.start:  # which is to be trained on
         places = [here]
@@ -315,7 +327,7 @@ def result(name, cfg, same_world, train):
         dist.barrier()  # so that all see the same files
     for path in [Path(cfg.teacher)] if given else filter(Path.is_file, places):
         state = load(path, "syncnet" if expert else "dit")
-        if newer(source, path):
+        if path.stat().st_mtime < since:
             print(f"{name}: {path} is older than {source}: made anew")
         elif not given and not same_world(state.get("world")):
             print(f"{name}: {path} is of other drawn people or another log_mel: made anew")
@@ -331,17 +343,6 @@ def result(name, cfg, same_world, train):
     resume.unlink(missing_ok=True)
     print(f"{name}: {here}, {time.time() - begun:.0f} s", flush=True)
     return here
-
-
-def table(first, rows, columns):
-    """Print {name: {column: value, column_ci: half an interval}} as Markdown."""
-    print(f"\n| {first} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
-    for name, row in rows.items():
-        print(f"| {name}", end="")
-        for key, digits in columns.items():
-            error = f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
-            print(f" | {row[key]:.{digits}f}{error}", end="")
-        print(" |")
 
 
 class Progress:

@@ -149,7 +149,7 @@ def reward_weights(reward, rectangle, mel, beta):
     would paint whatever pixels please the expert. (Here the effect is within chance.)"""
     c, _, _ = score(reward, rectangle, mel)
     weight = (beta * c).exp()
-    return weight / weight.mean(), c.mean()
+    return weight / runtime.shared_mean(weight.mean()), c.mean()
 
 
 @torch.no_grad()
@@ -197,6 +197,17 @@ def means(dub, pairs, judge):
     """The measures' means over the clips, and the Fréchet distance: what a training log shows."""
     found = {name: values.mean().item() for name, values in measures(dub, pairs, judge).items()}
     return dict(found, frechet=frechet(features(judge, dub), features(judge, pairs.truth)))
+
+
+def table(first, rows, columns):
+    """Print {name: {column: value, column_ci: half an interval}} as Markdown."""
+    print(f"\n| {first} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+    for name, row in rows.items():
+        print(f"| {name}", end="")
+        for key, digits in columns.items():
+            error = f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
+            print(f" | {row[key]:.{digits}f}{error}", end="")
+        print(" |")
 
 
 def train(path, cfg, clips, steps, seed, held_out, **more):

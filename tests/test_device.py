@@ -38,7 +38,7 @@ def test_passes_and_dubs_are_the_same(tiny, watch):
 
 
 def test_the_kernel_and_the_graph_stream_the_same(tiny):
-    """Nine chunks, of which the last five are replayed."""
+    """Nine chunks, of which the last six are replayed."""
     net, (source, truth) = copy.deepcopy(tiny).to(CUDA), faces.dub_pair(3, 108, 32)
     eager = torch.cat(list(sample.stream(net, source.video, truth.audio)))
     assert apart(eager, source.video) > 1

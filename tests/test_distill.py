@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,34 @@ def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
     assert job("--fresh", "--stage", "teacher")[1] == {"judge", "syncnet", "teacher"}
     with pytest.raises(runtime.Fail, match="width is 96 there and 48 here"):
         job("--teacher", str(tmp_path / "teacher.pt"), "--width", "48", "--out", f"{tmp_path}/b")
+
+
+def test_which_results_are_taken(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "BUNDLED", tmp_path)
+    cfg, trained = dataclasses.replace(cfg, out=f"{tmp_path}/out"), []
+
+    def put(path):
+        runtime.save(path, kind="dit", world=None)
+
+    def taken(name, **how):
+        def train(path):
+            trained.append(name)
+            put(path)
+
+        return runtime.result(name, dataclasses.replace(cfg, **how), lambda world: True, train)
+
+    bundled, other = tmp_path / "tiny/teacher.pt", tmp_path / "other.pt"
+    put(bundled)
+    put(other)
+    runtime.free_space(cfg.out)
+    assert taken("teacher") == bundled and taken("teacher", teacher=other) == other
+    taken("init", teacher=other)
+    assert taken("init", teacher=other) == Path(cfg.out, "init.pt") and trained == ["init"]
+    os.utime(other, (2**31, 2**31))  # trained anew
+    taken("init", teacher=other)
+    taken("judge", fresh=True)  # and stopped; then without --fresh
+    assert taken("teacher") == Path(cfg.out, "teacher.pt")
+    assert trained == ["init", "init", "judge", "teacher"]
 
 
 @pytest.mark.parametrize("precision, close", [("bfloat16", 0.0), ("float32", 0.05)])

@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
+import data
 import runtime
+import syncnet
 
 
 def one_of_two(rank, folder):
@@ -17,15 +20,21 @@ def one_of_two(rank, folder):
     torch.nn.init.zeros_(net.weight)
     net(drawn).mean().backward()
     norm = runtime.update(net, {torch.optim.SGD(net.parameters()): 1.0})
-    torch.save(dict(drawn=drawn, norm=norm, weight=net.weight.detach()), f"{folder}/{rank}.pt")
+    torch.manual_seed(0)
+    expert = syncnet.SyncNet(syncnet.Config(size=32))
+    clip = 2 * torch.rand(2, 48, 16, 24, 3) - 1, torch.randn(2, 192, data.MELS)
+    reward, _ = syncnet.reward_weights(expert, *(x[rank : rank + 1] for x in clip), beta=5.0)
+    made = dict(drawn=drawn, norm=norm, weight=net.weight.detach(), reward=reward)
+    torch.save(made, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_gradients_are_averaged_over_two_processes(tmp_path):
+def test_gradients_and_rewards_are_averaged_over_two_processes(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert not torch.isclose(a["drawn"], b["drawn"]).any()
     gradient = torch.cat([a["drawn"], b["drawn"]]).mean(0, keepdim=True)
+    assert a["reward"] + b["reward"] == pytest.approx(2) and abs(a["reward"] - 1) > 1e-4
     for one in (a, b):
         torch.testing.assert_close(one["weight"], -gradient)
         torch.testing.assert_close(one["norm"], gradient.norm())
