@@ -1,12 +1,12 @@
 """The stream's attention as one Triton kernel, for GPUs.
 
 A chunk's queries attend to the keys in the cache and to its own, each turned by its place in the
-window. In PyTorch's words (`attention` in model.py) that is eleven launches a block: norm q and k,
-join new keys and values to the held ones, turn q and k (a product, a roll and a sum each), attend:
+window. In PyTorch's words (`attention` in model.py) that is 13 launches a block: copy and norm q
+and k; join new keys and values to those held; turn q and k (product, roll and sum each); attend:
 
                                       a pass at small      at the paper's 1.3B
-    launches, dense -> here           66 -> 6              330 -> 30
-    bytes, dense -> here              43 -> 6 MB           5.0 -> 0.7 GB
+    launches, dense -> here           78 -> 6              390 -> 30
+    bytes, dense -> here              45 -> 6 MB           5.4 -> 0.7 GB
     a block's attention, H100         .30 -> .08 ms        .21 -> .12 ms
 
 What one launch writes to memory the next one reads, and each costs microseconds whatever it does.
