@@ -303,11 +303,10 @@ def result(name, cfg, same_world, train):
     bundled, if nothing here was begun --fresh), unless of another drawn world or older than what it
     was made from; or train's."""
     here, begun = Path(cfg.out, f"{name}.pt"), time.time()
-    resume, places = here.with_suffix(".resume.pt"), [here]
+    resume, mark, places = here.with_suffix(".resume.pt"), here.with_name("begun-fresh"), [here]
     expert, given = name in ("judge", "syncnet"), name == "teacher" and cfg.teacher
     if expert and cfg.teacher:
         places.append(Path(cfg.teacher).with_name(here.name))
-    mark = here.with_name("begun-fresh")
     if cfg.fresh:
         mark.touch()  # a run that goes on without --fresh takes nothing bundled either
     # The bundled ones have only seen drawn people; the judge of a --folder has, too.
