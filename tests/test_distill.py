@@ -225,7 +225,7 @@ def test_which_results_are_taken(cfg, tmp_path, monkeypatch):
     assert taken("teacher") == bundled and taken("teacher", teacher=other) == other
     taken("init", teacher=other)
     assert taken("init", teacher=other) == Path(cfg.out, "init.pt") and trained == ["init"]
-    os.utime(other, (2**31, 2**31))  # trained anew
+    os.utime(other, (2**31 - 1, 2**31 - 1))  # trained anew
     taken("init", teacher=other)
     taken("judge", fresh=True)  # and stopped; then without --fresh
     assert taken("teacher") == Path(cfg.out, "teacher.pt")
