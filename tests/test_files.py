@@ -1,6 +1,7 @@
 """Files as cameras, phones and editors make them, each made here by ffmpeg: read at their time, in
 their colours and shape, and written so that players show the same."""
 
+import functools
 import os
 import resource
 import signal
@@ -223,7 +224,9 @@ def test_a_full_temporary_folder_is_not_blamed_on_the_writer(base, tmp_path):
 def test_a_signal_leaves_nothing(number, base, student_file, tmp_path):
     ffmpeg("-f lavfi -i anullsrc=d=600", tmp_path / "long.wav")
     words = f"--video {base} --audio {tmp_path}/long.wav --out {tmp_path}/x.mp4 --weights"
-    process = subprocess.Popen([sys.executable, sample.__file__, *words.split(), student_file])
+    command = [sys.executable, sample.__file__, *words.split(), student_file]
+    heeded = functools.partial(signal.signal, number, signal.SIG_DFL)  # even if under nohup here
+    process = subprocess.Popen(command, preexec_fn=heeded)
     while process.poll() is None and not list(tmp_path.glob(".writing-*/x.mp4")):
         time.sleep(0.1)
     process.send_signal(number)
