@@ -2,6 +2,7 @@
 
 python bench.py speed --config tiny         # frames a second, time to the first one, training
 python bench.py quality --config small      # the judge's table: truth, teacher, student
+python bench.py speech --config small       # do the lips follow people's speech, and a new language
 python bench.py trajectory --config small   # what the paper saw in its teacher, in this one
 python bench.py ablate --config tiny --weights out/tiny    # the distillation, one thing changed
 python bench.py long --config small         # three minutes streamed, the last against the first
@@ -12,12 +13,14 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import soundfile
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.benchmark import Timer
@@ -28,15 +31,23 @@ import model
 import runtime
 import sample
 import syncnet
-from faces import FPS, RATE, SPLITS, draw, dub_pair, mouth_rectangle
+import voices
+from data import to_float
+from faces import FPS, SPLITS, draw, dub_pair, mouth_rectangle
 from model import load_dit
 from runtime import Fail, opt
 from sample import STEPS, dub_student, dub_teacher, tau
 from syncnet import features, frechet, load_syncnet, measures, table
+from voices import RATE
 
 COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
 LABELS = dict(zip(COLUMNS, ("Sync-C", "PSNR (dB)", "landmark (%)", "gain", "sharp", "Fréchet")))
-CLIPS = dict(quality=64, ablate=64, trajectory=12, long=4)  # people, if --clips is not given
+CLIPS = dict(quality=64, speech=3, ablate=64, trajectory=12, long=4)  # people, if not --clips
+SPEECH = Path(__file__).parent / "tests" / "speech"  # recorded sentences, which train nothing
+SOUNDS = {  # groups of ARPAbet phones
+    "bilabials": ("M", "B", "P"), "open vowels": ("AA", "AE", "AW", "AY"), "silence": ("SIL",),
+}  # fmt: skip
+LAGS = range(-8, 9)  # video frames that lips may be late
 
 
 @dataclasses.dataclass
@@ -167,7 +178,7 @@ def quality(cfg, device):
     pairs = data.held_out(cfg.clips, size, "held-out", device)
     rows = dict(truth=judged(pairs.truth, pairs, judge))
     # Only what no sound decides is changed: nothing that commits itself to one mouth can be closer.
-    other = [draw(i, 96, size, i + 1, detail=i + 1_000_000, device=device).video for i in people]
+    other = [draw(i, 96, size, i + 1, None, i + 1_000_000, device).video for i in people]
     rows["truth, other detail"] = judged(torch.stack(other), pairs, judge)
     ways = {"teacher": (50, 1.0), "teacher_guided": (50, 1.5), "teacher, guidance 2": (50, 2.0)}
     ways |= {"teacher, guidance 3": (50, 3.0), "teacher, 1 step": (1, 1.0)}
@@ -177,6 +188,93 @@ def quality(cfg, device):
     rows["student"] = judged(by_parts(dub_student, student, pairs), pairs, judge)
     table("dub", rows, COLUMNS)
     return dict(rows=rows, all=rows, ceiling=rows["truth, other detail"])
+
+
+def recorded_sentences():
+    """Yields (audio, lips, phones) of each of SPEECH: what was recorded, the lips that its aligned
+    phones ask for, see voices.lip_tracks, and those phones, [(ARPAbet, begin, end in s)]."""
+    for name, sentence in json.loads((SPEECH / "phones.json").read_text()).items():
+        audio, _ = soundfile.read(SPEECH / f"librivox-{name}.flac", dtype="float32")
+        frames = len(audio) * FPS // RATE // 4 * 4
+        lips = voices.lip_tracks(voices.read_phones(sentence["phones"]), frames / FPS)
+        yield audio[: frames * RATE // FPS], lips, sentence["phones"]
+
+
+def openings_by_sound(opening, phones):
+    """A mouth's opening (T,) in its frames -> {group of SOUNDS: [what it is at each such phone]}:
+    at its middle; of a bilabial the least, of an open vowel the most, within a frame of that."""
+    extreme = {"bilabials": np.min, "open vowels": np.max, "silence": np.mean}
+    found = {group: [] for group in SOUNDS}
+    for name, begin, end in phones:
+        middle = int((begin + end) / 2 * FPS)
+        for group, members in SOUNDS.items():
+            if name.rstrip("012") in members and middle < len(opening):
+                near = opening[max(0, middle - 1) : middle + 2]
+                found[group].append(extreme[group](near))
+    return found
+
+
+def follow(opening, asked):
+    """Correlation of two tracks (T,) at each of LAGS, those of `opening` being so late -> (17,)."""
+    T, correlations = len(asked), []
+    for lag in LAGS:
+        early = asked[max(0, -lag) : T - max(0, lag)]
+        late = opening[max(0, lag) : T - max(0, -lag)]
+        correlations.append(np.corrcoef(early, late)[0, 1])
+    return np.array(correlations)
+
+
+@torch.no_grad()
+def speech(cfg, device):
+    """Drawn people dubbed with a person's recorded sentences, and with a language that no voice in
+    training speaks: does the mouth, as the judge reads it, open as the phones ask for?"""
+    judge, student = networks(cfg, device, "student")
+    size, rows = student.cfg.size, {}
+
+    def opening_of(video):
+        with runtime.mixed(judge):
+            return judge.watch(to_float(mouth_rectangle(video[None].to(device))))[2][0, :, 0].cpu()
+
+    def dub(source, audio):
+        return torch.cat(list(sample.stream(student, source, audio)))
+
+    def row_of(curves, sounds=()):
+        """The best correlation, its lag, and means of `openings_by_sound`, percent of the side."""
+        curve = np.mean(curves, axis=0)
+        row = dict(correlation=curve.max(), lag=LAGS[curve.argmax()], lag_0=curve[LAGS.index(0)])
+        for group in SOUNDS:
+            values = [value for found in sounds for value in found[group]]
+            row[group] = 100 * np.mean(values) if values else math.nan
+        return row
+
+    curves, sounds = {"drawn lips": [], "student": []}, {"drawn lips": [], "student": []}
+    people = range(SPLITS["held-out"] + 5000, SPLITS["held-out"] + 5000 + 2 * cfg.clips, 2)
+    for person in people:
+        for audio, lips, phones in recorded_sentences():
+            T = len(audio) * FPS // RATE
+            truth = draw(person, T, size, speech=(audio, lips))
+            source = draw(person, T, size)
+            videos = {"drawn lips": truth.video, "student": dub(source.video, audio)}
+            for name, video in videos.items():
+                opening = opening_of(video).numpy()
+                curves[name].append(follow(opening, truth.mouth[:, 0]))
+                sounds[name].append(openings_by_sound(opening, phones))
+    for name in curves:
+        rows[f"a recorded reader, {name}"] = row_of(curves[name], sounds[name])
+
+    for language in (None, voices.UNHEARD):
+        curves = {"drawn lips": [], "student": []}
+        for i in range(4 * cfg.clips):
+            source, truth = dub_pair(2500 + i, 96, size, language=language)
+            videos = {"drawn lips": truth.video, "student": dub(source.video, truth.audio)}
+            for name, video in videos.items():
+                curves[name].append(follow(opening_of(video).numpy(), truth.mouth[:, 0]))
+        where = "a language never heard" if language else "languages of the training"
+        for name in curves:
+            rows[f"{where}, {name}"] = row_of(curves[name])
+    digits = dict(correlation=2, lag=0, lag_0=2, **dict.fromkeys(SOUNDS, 1))
+    table(f"opening, % of the side; {cfg.clips} people", rows, digits)
+    return dict(rows=rows)
 
 
 LANDINGS = range(5, 50, 5)  # j at which a second step may begin
@@ -401,7 +499,8 @@ def attention(cfg, device):
 
 
 def main(argv):
-    benches = {f.__name__: f for f in (speed, quality, trajectory, ablate, long, attention)}
+    benches = (speed, quality, speech, trajectory, ablate, long, attention)
+    benches = {function.__name__: function for function in benches}
     if not argv or argv[0] in ("-h", "--help"):
         return print(__doc__)
     if argv[0] not in benches:

@@ -25,8 +25,9 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from faces import FPS, RATE, SPLITS, draw, dub_pair, middle, square
+from faces import FPS, SPLITS, draw, dub_pair, middle, square
 from runtime import Fail, free_space, need_file, opt, options, run
+from voices import RATE
 
 HOP = 160  # samples between mel frames: 100 a second, 4 to a video frame
 MELS = 40  # bands, 60 Hz to 7.6 kHz
@@ -34,6 +35,7 @@ AUDIO_BACK = 16  # mel frames heard before a latent frame's own 16
 AUDIO_AHEAD = 12  # and after: the look-ahead, a part of the latency
 SILENCE = (-5 + 1.5) / 3  # log-mel of nothing, for the frames before and after a file
 CLIP_LATENTS = 30  # latent frames of a training clip, 4.8 s: some are left for the reference
+BEND = 0.07  # deviation, in log-mel, of the equalizer that training puts before the ears: 4 dB
 STILL = 0.2  # share of reference chunks that are one frame held still, as a stream starts with
 
 
@@ -60,6 +62,13 @@ def log_mel(audio):
     # chunk must hear the same, in effect bit for bit, as in the whole file.
     mel = (power.T.double() @ mel_filters()).float()
     return (mel.clamp(min=1e-5).log10() + 1.5) / 3
+
+
+def bend(mel, rng):
+    """mel (B, M, MELS) through an equalizer drawn for each of B: another microphone."""
+    points = BEND * torch.randn(len(mel), 1, 5, generator=rng, device=mel.device)
+    curve = F.interpolate(points, mel.shape[2], mode="linear", align_corners=True)
+    return (mel + curve).clamp(min=SILENCE)
 
 
 def hearing(mel, start=0, end=None):
@@ -111,7 +120,7 @@ class Pairs(NamedTuple):
 
 def held_out(n, size, split, device, latents=24):
     """Pairs of n people of `split`, who say other words."""
-    clips = [dub_pair(i, 4 * latents, size, split, device) for i in range(n)]
+    clips = [dub_pair(i, 4 * latents, size, split, device=device) for i in range(n)]
     videos = [torch.stack([clip.video for clip in part]) for part in zip(*clips)]
     mel = torch.stack([log_mel(truth.audio) for _, truth in clips])
     shape = torch.stack([torch.from_numpy(truth.mouth) for _, truth in clips])
@@ -184,7 +193,7 @@ class Clips:
         at = 4 * first + torch.arange(-AUDIO_BACK, 4 * T + AUDIO_AHEAD, device=device)
         inside = (at >= 0) & (at < self.mel.shape[1])
         heard = self.mel[clip, at.clamp(0, self.mel.shape[1] - 1)]
-        heard = torch.where(inside[..., None], heard, SILENCE)
+        heard = bend(torch.where(inside[..., None], heard, SILENCE), rng)
         mel = heard[:, AUDIO_BACK : AUDIO_BACK + 4 * T]
         return Batch(source, reference, heard, mel)
 

@@ -32,6 +32,7 @@ from syncnet import means, reward_weights
 
 AUDIO_DROP = 0.12  # of the teacher's clips are told nothing, for guidance
 INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
+LOWEST = 0.02  # time that the teacher learns from, and is asked at in DMD (paper: .001)
 JUDGE_CLIPS, TABLE_CLIPS = 800, 16  # people at most that the judge learns from; in the last table
 
 
@@ -52,7 +53,7 @@ class Config(nn_model.Config):
     batch: int = opt(16, "the teacher's and init's")
     sync_steps: int = opt(500, "of each lip-sync expert")
     teacher_steps: int = opt(3000, "of flow matching")
-    start: str = opt("", "a teacher's checkpoint to go on from")
+    start: str = opt("", "a teacher's checkpoint to go on from, with the new expert's ears")
     teacher_lr: float = opt(1.5e-3, "AdamW's")
     muon_lr: float = opt(0.02, "Muon's, for the matrices of the blocks")
     t_shift: float = opt(5.0, "training times are uniform, then shifted")
@@ -72,16 +73,16 @@ class Config(nn_model.Config):
     sync_window: str = opt("on", "where it is guided", ("on", "off", "reversed", "all"))
     band_first: int = opt(20, "j of the 50-step grid where the window begins (paper: 20)", least=0)
     band_last: int = opt(40, "and ends (paper: 40)")
-    beta: float = opt(1.0, "reward: a clip weighs exp(beta Sync-C) (paper: 2); 0 turns it off")
+    beta: float = opt(20.0, "reward: a clip weighs exp(beta Sync-C); 0: off (paper: 2, at 10 x C)")
 
 
 PRESETS = {
     "tiny": dict(
-        size=32, width=96, heads=3, clips=192, sync_steps=260, teacher_steps=1200, teacher_lr=3e-3,
+        size=32, width=96, heads=3, clips=192, sync_steps=500, teacher_steps=1200, teacher_lr=3e-3,
         init_steps=100, init_lr=5e-4, dmd_steps=45, dmd_view=0.0, student_lr=1e-4, critic_lr=2e-4,
     ),
     "small": dict(
-        size=128, depth=6, clips=300, sync_steps=1200, teacher_steps=7400, t_shift=3.5,
+        size=128, depth=6, clips=300, sync_steps=1600, teacher_steps=7400, t_shift=3.5,
         weight_clip=4.0, init_steps=60, dmd_steps=24, dmd_view=0.1, student_lr=4e-5,
         critic_lr=1.5e-4, guidance=1.5, sync_window="all",
     ),
@@ -155,9 +156,9 @@ def train_teacher(cfg, clips, reward, judge, watch):
     device, steps, B = clips.video.device, cfg.teacher_steps, cfg.batch // ranks()[1]
     rng = runtime.generator(cfg.seed, device)
     net = DiT(network_of(cfg)).to(device)
-    net.hear.load_state_dict(reward.sound.state_dict())
     if cfg.start:
         net.load_state_dict(load_dit(cfg.start).state_dict())
+    net.hear.load_state_dict(reward.sound.state_dict())
     average = copy.deepcopy(net).requires_grad_(False)
     # Muon for the matrices of the blocks, where it learns in little over half the time.
     matrices = [p for n, p in net.blocks.named_parameters() if p.ndim == 2 and "mod" not in n]
@@ -182,7 +183,7 @@ def train_teacher(cfg, clips, reward, judge, watch):
 
         batch = clips.draw(B, cfg, rng)
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
-        t = times_like(batch, cfg.t_shift, rng, lowest=0.02)
+        t = times_like(batch, cfg.t_shift, rng, LOWEST)
         drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
         with mixed(net):
             loss = loss_of(net, reward, batch, noise, t, drop, cfg, edges, view)
@@ -269,7 +270,7 @@ def student_loss(cfg, X, batch, teacher, critic, reward, rng):
     """Move the dubs X by what the critic and the teacher, shown the same noisy X, differ in -> the
     loss, and X's mean Sync-C."""
     with torch.no_grad():
-        t = times_like(batch, cfg.dmd_shift, rng, lowest=0.001)
+        t = times_like(batch, cfg.dmd_shift, rng, LOWEST)
         x_t = add_noise(X, noise_like(X, rng), t)
         real = guided(teacher, x_t, t, embed(teacher, batch), teacher_guidance(t, cfg)).float()
         fake = critic(x_t, t, embed(critic, batch)).float()
@@ -316,7 +317,7 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
 
             # ... and every turn the critic.
             X = X.detach()
-            t = times_like(batch, cfg.dmd_shift, rng, lowest=0.001)
+            t = times_like(batch, cfg.dmd_shift, rng, LOWEST)
             with mixed(critic):
                 cond = embed(critic, batch)
                 critic_loss, _ = critic_loss_of(critic, X, noise_like(X, rng), t, cond, cfg)

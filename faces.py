@@ -1,7 +1,7 @@
-"""A drawn world of talking people, so that there is no data to download: `draw` makes sound and
-lips from the same random syllables. So we own what no recorded data set has: the same person, pose
-and blinks with *another* sound (`dub_pair`), which is what a dub should give. `python data.py`
-shows some. And where the mouth lies in a picture, and the face in a frame of a video.
+"""A drawn world of talking people, so that there is no data to download: `draw` makes pictures of
+lips that go with the speech of voices.py. So we own what no recorded data set has: the same
+person, pose and blinks with *another* sound (`dub_pair`), which is what a dub should give. `python
+data.py` shows some. And where the mouth lies in a picture, and the face in a frame of a video.
 
 Only the middle three quarters of a picture of S x S pixels matter, cut at half height: the
 rectangle *above* (eyes, which tell the pose) is always known, and the *mouth rectangle* below,
@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from runtime import Fail
+from voices import LIPS_FPS, speak
 
 FPS = 25  # video frames a second
-RATE = 16000  # audio samples a second
-SPEECH_FPS = 200  # rows of the phoneme track a second
 # Nobody is in two of these: the judge has never seen the people that anything else is trained on,
 # training curves and choices are made on `watch`, and what is reported is of `held-out`.
 SPLITS = {"train": 0, "judge": 10_000_000, "held-out": 20_000_000, "watch": 30_000_000}
@@ -28,46 +27,6 @@ ZOOM = 1.2  # the camera is this near, so that the mouth gets the pixels,
 LIFT = 0.15  # and looks this far down, in halves of the picture
 SWAY = 0.3  # share of their motion that heads keep, since a camera follows them
 ASIDE = 0.15  # the mouth mask leaves out this share of the picture at either side
-# Formants (Hz; Peterson and Barney 1952 for the vowels), voicing, centre (Hz) and level of the
-# noise, seconds; then the lips, of which dominance says how little neighbours may bend the shape.
-# fmt: off
-PHONES = {
-    #      F1   F2    F3   voice noise  level  dur   open wide round teeth tongue dominance
-    "a": (730, 1090, 2440, 1.00,    0, 0.00, .150, 1.00, .55, .00, .30, .10, 1.0),
-    "e": (530, 1840, 2480, 1.00,    0, 0.00, .130, .55, .85, .00, .55, .25, 1.0),
-    "i": (270, 2290, 3010, .90,     0, 0.00, .120, .25, 1.0, .00, .70, .30, 1.0),
-    "o": (570,  840, 2410, 1.00,    0, 0.00, .140, .65, .25, .75, .05, .05, 1.2),
-    "u": (300,  870, 2240, .90,     0, 0.00, .130, .30, .05, 1.0, .00, .05, 1.4),
-    "@": (500, 1500, 2500, .80,     0, 0.00, .080, .40, .50, .10, .30, .15, 0.6),
-    "m": (250, 1000, 2200, .35,     0, 0.00, .080, .00, .50, .10, .00, .00, 5.0),
-    "b": (250,  900, 2200, .20,   700, 0.25, .070, .00, .50, .10, .00, .00, 5.0),
-    "p": (300,  900, 2200, .00,   900, 0.45, .075, .00, .50, .10, .00, .00, 5.0),
-    "f": (300, 1400, 2300, .00,  5500, 0.30, .090, .08, .60, .00, .90, .00, 3.5),
-    "v": (300, 1400, 2300, .40,  5000, 0.18, .070, .08, .60, .00, .90, .00, 3.5),
-    "s": (300, 1700, 2600, .00,  6200, 0.70, .100, .14, .80, .00, .95, .05, 1.6),
-    "z": (300, 1700, 2600, .40,  6000, 0.40, .080, .14, .80, .00, .95, .05, 1.6),
-    "S": (300, 1800, 2400, .00,  3200, 0.75, .105, .22, .20, .70, .70, .05, 2.0),
-    "t": (350, 1750, 2600, .00,  4300, 0.55, .060, .22, .65, .00, .65, .40, 0.9),
-    "d": (300, 1700, 2600, .40,  3800, 0.22, .060, .22, .65, .00, .60, .40, 0.9),
-    "n": (280, 1650, 2600, .45,     0, 0.00, .070, .24, .60, .00, .45, .60, 0.8),
-    "l": (380, 1150, 2700, .70,     0, 0.00, .070, .38, .60, .00, .35, .90, 0.8),
-    "k": (350, 2000, 2500, .00,  2200, 0.50, .065, .32, .55, .05, .30, .10, 0.6),
-    "g": (300, 1900, 2400, .35,  2000, 0.22, .065, .32, .55, .05, .30, .10, 0.6),
-    "w": (300,  700, 2200, .70,     0, 0.00, .070, .14, .00, 1.0, .00, .00, 2.2),
-    "r": (350, 1100, 1650, .70,     0, 0.00, .075, .24, .20, .60, .20, .10, 1.2),
-    " ": (500, 1500, 2500, .00,     0, 0.00, .300, .00, .50, .05, .00, .00, 1.5),
-}
-# fmt: on
-VOWELS = list("aeiou@")
-CONSONANTS = list("mbpfvszStdnlkgwr")
-
-
-def smooth(x, sigma):
-    """Gaussian along axis 0 of x (K, C) float; sigma in rows; the ends are held."""
-    n = max(1, int(3 * sigma))
-    kernel = np.exp(-0.5 * (np.arange(-n, n + 1) / sigma) ** 2)
-    padded = np.pad(x, ((n, n), (0, 0)), mode="edge")
-    return np.stack([np.convolve(c, kernel / kernel.sum(), mode="valid") for c in padded.T], 1)
 
 
 def wander(rng, t, slowest, fastest):
@@ -75,64 +34,6 @@ def wander(rng, t, slowest, fastest):
     freq = rng.uniform(slowest, fastest, 4)
     phase = rng.uniform(0, 2 * np.pi, 4)
     return np.sin(2 * np.pi * freq * t[:, None] + phase).sum(1) / np.sqrt(2)
-
-
-def phoneme_track(rng, tempo, seconds):
-    """Words of random syllables: rows of PHONES, SPEECH_FPS a second."""
-    phones = [" "] if rng.random() < 0.5 else []
-    durations = [rng.uniform(0.05, 0.4)] * len(phones)
-    while len(phones) < 2 or sum(durations) < seconds + 0.2:
-        for _ in range(rng.integers(3, 10)):
-            syllable = [rng.choice(kind) for kind in (CONSONANTS, VOWELS, CONSONANTS)]
-            for phone in syllable[: 3 if rng.random() < 0.25 else 2]:
-                phones.append(phone)
-                durations.append(PHONES[phone][6] * rng.uniform(0.75, 1.45) / tempo)
-        phones.append(" ")
-        durations.append(rng.uniform(0.2, 0.65))
-    rows = np.round(np.array(durations) * SPEECH_FPS).clip(1).astype(int)
-    return np.repeat([PHONES[phone] for phone in phones], rows, axis=0)
-
-
-def speak(voice_seed, text_seed, seconds):
-    """Random syllables by source-filter synthesis.
-
-    -> audio (seconds * RATE,) float32 in [-1, 1] and lips (seconds * SPEECH_FPS, 5), each about
-    0..1: opening, width, rounding, upper teeth, tongue."""
-    voice, text = np.random.default_rng([voice_seed, 1]), np.random.default_rng([text_seed, 2])
-    pitch = voice.uniform(85, 240)
-    tract = 0.88 + 0.27 * (pitch - 85) / 155 + voice.normal(0, 0.03)  # a high voice: a short tract
-    tempo, tilt, breath = voice.uniform((0.8, 0.7, 0.005), (1.25, 1.3, 0.03))
-    # Lips: dominance-weighted smoothing (after Cohen and Massaro 1993), wider than the sound's and
-    # 8 rows (40 ms) ahead of it, as lips are.
-    track = phoneme_track(text, tempo, seconds)[: round(seconds * SPEECH_FPS) + 8]
-    dominance = track[:, 12:]
-    lips = smooth(track[:, 7:12] * dominance, 9.0) / smooth(dominance, 9.0)
-    lips, track = lips[8:], track[:-8]
-    # Filters: gains of the pulses and the noise, (161, K), for each 5 ms frame of an STFT.
-    t = np.arange(len(track)) / SPEECH_FPS
-    level = smooth(track[:, [3, 5]], 1.6) * (1 + 0.25 * wander(text, t, 0.5, 3))[:, None]
-    freq = np.linspace(0, RATE / 2, 161)[:, None]
-    peaks = zip(smooth(track[:, :3], 4.0).T * tract, (1, 0.6, 0.35), (90, 120, 180))
-    voiced = sum(gain / (1 + ((freq - f) / width) ** 2) for f, gain, width in peaks)
-    voiced = (voiced + 0.02) * (1 + freq / 900) ** -tilt * (level[:, 0] + 1e-3)
-    hiss = np.exp(-0.5 * ((freq - track[:, 4]) / (350 + 0.22 * track[:, 4])) ** 2)
-    hiss = hiss * level[:, 1] + breath * voiced
-    # What they shape: a pulse at each glottal period, and white noise.
-    samples = round(seconds * RATE)
-    bend = 0.09 * wander(text, t, 0.3, 2.5) + 0.01 * wander(text, t, 4, 9)
-    f0 = np.interp(np.arange(samples) / RATE, t, pitch * np.exp(bend))
-    pulses = np.diff(np.floor(np.cumsum(f0) / RATE), prepend=0.0) * np.sqrt(RATE / pitch)
-    source = torch.from_numpy(np.stack([pulses, text.standard_normal(samples)])).float()
-    stft = dict(n_fft=320, hop_length=RATE // SPEECH_FPS, window=torch.hann_window(320))
-    pulses, noise = torch.stft(source, **stft, return_complex=True)[..., : len(t)]
-    shaped = pulses * torch.from_numpy(voiced).float()
-    shaped = shaped + 0.35 * noise * torch.from_numpy(hiss).float()
-    audio = torch.istft(shaped, **stft, length=samples).numpy()
-    # Microphone: level, noise, tone. The words' seed decides: one voice is recorded in many ways.
-    audio = audio / (audio.std() + 1e-6) * 0.08 * 10 ** (text.uniform(-6, 6) / 20)
-    audio = audio + text.standard_normal(samples) * 0.08 * 10 ** (-text.uniform(8, 40) / 20)
-    audio = audio + text.uniform(-0.4, 0.4) * np.append(0, audio[:-1])
-    return np.clip(audio, -1, 1).astype(np.float32), lips
 
 
 class Clip(NamedTuple):
@@ -169,8 +70,9 @@ def person(seed):
 
 
 def mouth_mask(size):
-    """(size, size) float32 in 0..1, on the CPU: 1 where the model must invent the picture.
-    Soft over a 24th of the side, so that no edge shows. What the sound decides is inside only."""
+    """(size, size) float32 in 0..1, on the CPU: the weight of the dub where it is laid over the
+    source. Soft over a 24th of the side, so that no edge shows. What the sound decides is where it
+    is above 0: all of that is hidden from the network, which paints it."""
     x = (torch.arange(size) + 0.5) / size
     across = ((x - ASIDE) * 24).clamp(0, 1) * ((1 - ASIDE - x) * 24).clamp(0, 1)
     down = ((x - 0.53) * 24).clamp(0, 1) * ((0.99 - x) * 24).clamp(0, 1)
@@ -333,17 +235,19 @@ class Painter:
         self.paint(hole * seen, (1, 1, 1), 0.86 - 0.10 * ridges)
 
 
-def draw(seed, frames, size, text=None, voice=None, detail=None, device="cpu"):
+def draw(seed, frames, size, text=None, speech=None, detail=None, device="cpu"):
     """Draw a Clip of `frames` frames, size x size pixels, on `device`. `seed` decides the person,
-    pose and blinks; `text` and `voice` (default: seed) the sound and hence the lips; `detail`
-    (default: text) what the sound does not decide, such as how much of the teeth shows.
-    `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)`."""
+    pose, blinks and voice; `text` (default: seed) the words and hence the lips; `detail` (default:
+    text) what the sound does not decide, such as how much of the teeth shows.
+    `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)`.
+
+    speech: (audio, lips), see voices.speak, to be said instead, in sound and lips."""
     text = seed if text is None else text
     p = person(seed)
     rng = np.random.default_rng([seed, 4])
-    audio, lips = speak(seed if voice is None else voice, text, frames / FPS)
+    audio, lips = speech or speak(seed, text, frames / FPS)
     t = np.arange(frames) / FPS
-    lips = lips[(t * SPEECH_FPS).astype(int) + SPEECH_FPS // (2 * FPS)].T  # (5, T), mid-frame
+    lips = lips[(t * LIPS_FPS).astype(int) + LIPS_FPS // (2 * FPS)].T  # (5, T), mid-frame
     # Roll, scale, dx, dy, yaw, pitch: how far each goes, and at most how fast (Hz).
     sways = ((0.05, 0.6), (0.02, 0.4), (0.03, 0.7), (0.025, 0.8), (0.05, 0.5), (0.02, 0.6))
     pose = np.stack([SWAY * far * wander(rng, t, 0.05, fast) for far, fast in sways])
@@ -369,12 +273,14 @@ def draw(seed, frames, size, text=None, voice=None, detail=None, device="cpu"):
     return Clip(video.permute(1, 2, 3, 0).contiguous(), audio, mouth)
 
 
-def dub_pair(index, frames, size, split="held-out", device="cpu"):
+def dub_pair(index, frames, size, split="held-out", language=None, device="cpu"):
     """(source, truth), two Clips: the same person, pose and blinks saying other words. Source:
-    what a dubber is given, with truth.audio. Truth: what it should give back."""
+    what a dubber is given, with truth.audio. Truth: what it should give back. `language`: another
+    than the person's own, see voices.LANGUAGES."""
     seed = SPLITS[split] + 2 * index
     source = draw(seed, frames, size, device=device)
-    return source, draw(seed, frames, size, text=seed + 1, device=device)
+    speech = speak(seed, seed + 1, frames / FPS, language)
+    return source, draw(seed, frames, size, text=seed + 1, speech=speech, device=device)
 
 
 def centred(height, width):

@@ -4,7 +4,7 @@ A token covers 4 frames x p x p pixels of the mouth rectangle (see faces.py), P 
 T / 4 latent frames of N tokens. (The paper's: 4 x 16 x 16 pixels.) The network predicts the clean
 pixels x0, as arXiv 2511.13720 does. A token is the sum of three embeddings: its noisy patch; the
 source there, the mouth hidden, with the patch half a square above it, for the pose; a *reference*,
-the same person at another moment, in both places. Outside the mask the output is the source.
+the same person at another moment, in both places. Where the mask is 0 the output is the source.
 """
 
 import dataclasses
@@ -248,8 +248,12 @@ class DiT(nn.Module):
         # A token writes a square of 1.5 p x 1.5 p and neighbours overlap, so that no seam shows.
         self.margin = p // 4
         self.head = nn.Linear(D, 12 * (p + 2 * self.margin) ** 2)
-        mask = mouth_rectangle(mouth_mask(cfg.size)[..., None].expand(1, 4, -1, -1, 3))
-        self.register_buffer("mask", to_tokens(mask, p)[0, 0], persistent=False)  # N P
+        # The source's words show in the mask's soft edge, too (the jaw moves there). So the network
+        # sees nothing of where the mask is above 0; sample.to_frames blends what it paints there.
+        blend = mouth_rectangle(mouth_mask(cfg.size)[..., None])
+        self.register_buffer("blend", blend, persistent=False)  # S/2, 3S/4, 1
+        hidden = (blend > 0).float().expand(1, 4, -1, -1, 3)
+        self.register_buffer("mask", to_tokens(hidden, p)[0, 0], persistent=False)  # N P
         self.register_buffer("rope", rope_table(cfg), persistent=False)
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv1d)):

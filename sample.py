@@ -1,6 +1,8 @@
 """Dub a video: the teacher's many-step sampler, and the student that streams in two steps a chunk.
 
     python sample.py                                    # a held-out drawn face: out/dub.mp4
+    python sample.py --audio speech.wav                 # a drawn person says it
+    python sample.py --text "Guten Tag" --voice de --face 7     # another one says this
     python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128    # --compile on
     python sample.py --video IN.mp4 --audio IN.wav --out - | ffplay -f rawvideo \\
         -pixel_format rgb24 -video_size 640x480 -framerate 25 -     # IN.mp4's size
@@ -23,15 +25,29 @@ import torch
 
 import data
 import runtime
+import voices
 from data import AUDIO_AHEAD, AUDIO_BACK, to_float, to_pixels, to_uint8
-from faces import FPS, RATE, middle, mouth_mask, parse_box, paste, paste_box, square
+from faces import (
+    FPS,
+    SPLITS,
+    draw,
+    middle,
+    mouth_mask,
+    mouth_rectangle,
+    parse_box,
+    paste,
+    paste_box,
+    square,
+)  # fmt: skip
 from model import Cache, Cond, has_kernel, load_dit
 from runtime import Fail, mixed, opt
 from syncnet import find_weights
+from voices import RATE
 
 SHIFT = 5.0  # of the time grid (paper: 5)
 STEPS = 50  # of the teacher's grid (paper: 50)
 TMPDIR = "set TMPDIR to a folder on a larger disk"
+FACE_SECONDS, FACE_SCALE = 8, 3  # of a drawn person who says something
 LEAN = 0.1, 0.2  # how far a token's first frame leans to the one before: in a chunk, at its start
 
 
@@ -101,10 +117,13 @@ def join(x0, mask, chunk, before=None):
     return torch.cat([leaning, x0[..., n:]], -1)
 
 
-def to_frames(net, x0, source, before=None):
-    """x0 (B, L, N, P), pasted into source (B, T, S, S, 3) uint8 -> uint8."""
-    x0 = join(x0, net.mask, net.cfg.chunk, before)
-    return paste(to_uint8(to_pixels(x0, net.cfg.patch)), source)
+def to_frames(net, x0, source, before=None, blend=True):
+    """x0 (B, L, N, P), laid over source (B, T, S, S, 3) uint8 through the soft mask -> uint8.
+    blend=False: with no soft edge, for those who blend in the frame that the square is cut from."""
+    dub = to_pixels(join(x0, net.mask, net.cfg.chunk, before), net.cfg.patch)
+    if blend:
+        dub = torch.lerp(to_float(mouth_rectangle(source)), dub.float(), net.blend.float())
+    return paste(to_uint8(dub), source)
 
 
 def guided(net, x_t, t, cond, scale):
@@ -243,7 +262,7 @@ def chunks_in(source, audio, cfg):
         yield video, chunk_mel(audio, c, cfg), len(taken)
 
 
-def stream(net, source, audio, seed=0, compile=False):
+def stream(net, source, audio, seed=0, compile=False, blend=True):
     """Dub a stream. source: an iterable of (S, S, 3) uint8 frames at 25 fps; audio: (n,) float32 at
     16 kHz, anything that slices and has a length. Yields (4 chunk = 12, S, S, 3) uint8, less at
     the end. Holds one chunk, the one before, and the cache.
@@ -272,7 +291,7 @@ def stream(net, source, audio, seed=0, compile=False):
     def chunk():
         """All that the device does for a chunk, after the cache pass over the one before."""
         x0 = next(made)
-        frames = to_frames(net, x0, pixels, last[0] if last else None)
+        frames = to_frames(net, x0, pixels, last[0] if last else None, blend)
         last[:] = x0, *now
         return frames
 
@@ -332,10 +351,25 @@ def play(path, total):
         raise Fail(f"{tempfile.gettempdir()}: {e.strerror}; {TMPDIR}") from None
 
 
-def dub_file(net, cfg):
-    """cfg.video with the sound of cfg.audio -> cfg.out, as long as the sound, at the video's own
-    size. Nothing is held but a chunk."""
-    audio = data.Sound(cfg.audio)
+def dub_face(net, cfg, audio):
+    """A drawn person of held-out people says `audio`, samples or a Sound -> cfg.out, in sound and
+    picture. He was drawn saying other words, for FACE_SECONDS; they are played back and forth."""
+    seed = SPLITS["held-out"] + 2 * cfg.face
+    face = draw(seed, FACE_SECONDS * FPS, net.cfg.size).video
+    there_and_back = torch.cat([face, face[1:-1].flip(0)])
+    total = -(-len(audio) * FPS // RATE)
+    source = (there_and_back[i % len(there_and_back)] for i in range(total))
+    side = FACE_SCALE * net.cfg.size
+    with data.write_video(cfg.out, (side, side), audio) as put:
+        for frames in stream(net, source, audio, cfg.seed, cfg.compile == "on"):
+            for frame in frames:
+                put(square(frame, side).numpy())
+    print(f"{cfg.out}: {total / FPS:.1f} s, said by the drawn person --face {cfg.face}")
+
+
+def dub_file(net, cfg, audio):
+    """cfg.video with `audio`, samples or a Sound -> cfg.out, as long as the sound, at the video's
+    own size. Nothing is held but a chunk."""
     total = -(-len(audio) * FPS // RATE)
     source = play(cfg.video, total)
     first = next(source)
@@ -350,7 +384,9 @@ def dub_file(net, cfg):
     size, begun, to_pipe = (first.shape[1], first.shape[0]), time.time(), cfg.out == "-"
     pipe = contextlib.nullcontext(sys.stdout.buffer.write)
     with pipe if to_pipe else data.write_video(cfg.out, size, audio) as put:
-        for frames in stream(net, squares(), audio, cfg.seed, cfg.compile == "on"):
+        # Blended once, at the frame's own size.
+        dubs = stream(net, squares(), audio, cfg.seed, cfg.compile == "on", blend=False)
+        for frames in dubs:
             for dub in frames:
                 put(paste_box(waiting.pop(0), dub, box, mask).numpy())
     pace = f"in {time.time() - begun:.1f} s, {total / (time.time() - begun):.0f} frames a second"
@@ -380,6 +416,9 @@ def side_by_side(path, net, pairs, seed=0, compile=False):
 class Options:
     video: str = opt("", "the recording to dub; a held-out drawn face if not given")
     audio: str = opt("", "the sound to dub it with; the video's own if not given")
+    text: str = opt("", "or words, which eSpeak NG says")
+    voice: str = opt("en-us", "of --text: an eSpeak language, or one with a variant, de+f4")
+    face: int = opt(3, "without --video: the drawn person who says it", least=0)
     out: str = opt("out/dub.mp4", "the dubbed video; - for raw RGB frames on standard output")
     box: str = opt("", "X,Y,SIDE of the face in pixels; the centred square if not given")
     weights: str = opt("", "a student's checkpoint; the bundled one if not given")
@@ -392,8 +431,10 @@ class Options:
 
 def main(argv):
     cfg = runtime.options(Options, argv, __doc__)
-    if (cfg.audio or cfg.box or cfg.out == "-") and not cfg.video:
-        raise Fail("--audio, --box or --out - without --video: which recording should it dub?")
+    if (cfg.box or cfg.out == "-") and not cfg.video:
+        raise Fail("--box or --out - without --video: which recording should it dub?")
+    if cfg.audio and cfg.text:
+        raise Fail("--audio and --text: which of them should be said?")
     given = [path for path in (cfg.video, cfg.audio) if os.path.exists(path)]
     if os.path.exists(cfg.out) and any(os.path.samefile(cfg.out, path) for path in given):
         raise Fail(f"--out {cfg.out} is what is to be dubbed; choose another name")
@@ -405,9 +446,9 @@ def main(argv):
     net.fused = cfg.attention == "auto" and has_kernel(net)
     if device.type == "cuda":
         print(f"attention: {'kernels.py' if net.fused else 'dense'}", file=sys.stderr)
-    if cfg.video:
-        cfg.audio = cfg.audio or cfg.video
-        return dub_file(net, cfg)
+    if cfg.video or cfg.audio or cfg.text:
+        said = voices.say(cfg.text, cfg.voice) if cfg.text else data.Sound(cfg.audio or cfg.video)
+        return dub_file(net, cfg, said) if cfg.video else dub_face(net, cfg, said)
     pairs = [data.dub_pair(1000 + cfg.seed, 96, net.cfg.size)]
     side_by_side(cfg.out, net, pairs, cfg.seed, cfg.compile == "on")
     print(f"{cfg.out} (and .png): source | dub | truth, a face and a voice never seen in training")

@@ -15,7 +15,8 @@ import data
 import model
 import runtime
 import sample
-from faces import RATE, draw
+from faces import draw
+from voices import RATE
 
 pytestmark = pytest.mark.usefixtures("float32")
 
