@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +47,7 @@ SOUNDS = {  # groups of ARPAbet phones
     "bilabials": ("M", "B", "P"), "open vowels": ("AA", "AE", "AW", "AY"), "silence": ("SIL",),
 }  # fmt: skip
 LAGS = range(-8, 9)  # video frames that lips may be late
+SPEAKERS = 2500  # from here on, held-out people whom no other bench has seen
 
 
 @dataclasses.dataclass
@@ -201,8 +201,9 @@ def recorded_sentences():
 
 
 def openings_by_sound(opening, phones):
-    """A mouth's opening (T,) in its frames -> {group of SOUNDS: [what it is at each such phone]}:
-    at its middle; of a bilabial the least, of an open vowel the most, within a frame of that."""
+    """A mouth's opening (T,) -> {group of SOUNDS: [one value for each of its phones]}: within a
+    frame of the phone's middle the least of a bilabial, the most of a vowel, the mean of silence.
+    """
     extreme = {"bilabials": np.min, "open vowels": np.max, "silence": np.mean}
     found = {group: [] for group in SOUNDS}
     for name, begin, end in phones:
@@ -224,57 +225,64 @@ def follow(opening, asked):
     return np.array(correlations)
 
 
+def best_lag(curves):
+    """What `follow` gave for each clip -> the mean correlation at the best lag, that lag in frames
+    (positive: the lips are late), and the one at lag 0."""
+    curve = np.mean(curves, axis=0)
+    best = curve.argmax()
+    return dict(correlation=curve[best], lag=LAGS[best], at_0=curve[LAGS.index(0)])
+
+
 @torch.no_grad()
+def mouth_opening(judge, video):
+    """How far the mouth of video (T, S, S, 3) uint8 opens, read by the judge -> (T,) numpy."""
+    with runtime.mixed(judge):
+        _, _, mouth = judge.watch(to_float(mouth_rectangle(video[None])))
+    return mouth[0, :, 0].double().cpu().numpy()
+
+
 def speech(cfg, device):
-    """Drawn people dubbed with a person's recorded sentences, and with a language that no voice in
-    training speaks: does the mouth, as the judge reads it, open as the phones ask for?"""
+    """Does the mouth open as the phones ask for? Drawn people dubbed with a person's recorded
+    sentences; and with drawn voices, of the training's languages and of one that it never heard."""
     judge, student = networks(cfg, device, "student")
-    size, rows = student.cfg.size, {}
+    size = student.cfg.size
 
-    def opening_of(video):
-        with runtime.mixed(judge):
-            return judge.watch(to_float(mouth_rectangle(video[None].to(device))))[2][0, :, 0].cpu()
+    def videos_of(source, truth):
+        dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
+        return {"drawn lips": truth.video.to(device), "student": dub.to(device)}
 
-    def dub(source, audio):
-        return torch.cat(list(sample.stream(student, source, audio)))
-
-    def row_of(curves, sounds=()):
-        """The best correlation, its lag, and means of `openings_by_sound`, percent of the side."""
-        curve = np.mean(curves, axis=0)
-        row = dict(correlation=curve.max(), lag=LAGS[curve.argmax()], lag_0=curve[LAGS.index(0)])
-        for group in SOUNDS:
-            values = [value for found in sounds for value in found[group]]
-            row[group] = 100 * np.mean(values) if values else math.nan
-        return row
-
-    curves, sounds = {"drawn lips": [], "student": []}, {"drawn lips": [], "student": []}
-    people = range(SPLITS["held-out"] + 5000, SPLITS["held-out"] + 5000 + 2 * cfg.clips, 2)
-    for person in people:
+    rows = {}
+    curves = {"drawn lips": [], "student": []}
+    sounds = {name: {group: [] for group in SOUNDS} for name in curves}
+    for i in range(cfg.clips):
+        person = SPLITS["held-out"] + 2 * (SPEAKERS + i)
         for audio, lips, phones in recorded_sentences():
             T = len(audio) * FPS // RATE
-            truth = draw(person, T, size, speech=(audio, lips))
             source = draw(person, T, size)
-            videos = {"drawn lips": truth.video, "student": dub(source.video, audio)}
-            for name, video in videos.items():
-                opening = opening_of(video).numpy()
+            truth = draw(person, T, size, speech=(audio, lips))
+            for name, video in videos_of(source, truth).items():
+                opening = mouth_opening(judge, video)
                 curves[name].append(follow(opening, truth.mouth[:, 0]))
-                sounds[name].append(openings_by_sound(opening, phones))
+                for group, found in openings_by_sound(opening, phones).items():
+                    sounds[name][group] += found
     for name in curves:
-        rows[f"a recorded reader, {name}"] = row_of(curves[name], sounds[name])
+        opening = {group: 100 * np.mean(found) for group, found in sounds[name].items()}
+        rows[name] = best_lag(curves[name]) | opening
+    columns = dict(correlation=2, lag=0, at_0=2) | dict.fromkeys(SOUNDS, 1)
+    table(f"a recorded reader, {cfg.clips} people; opening in % of the side", rows, columns)
 
-    for language in (None, voices.UNHEARD):
+    languages = {}
+    for title, language in (("the training's", None), ("never heard", voices.UNHEARD)):
         curves = {"drawn lips": [], "student": []}
         for i in range(4 * cfg.clips):
-            source, truth = dub_pair(2500 + i, 96, size, language=language)
-            videos = {"drawn lips": truth.video, "student": dub(source.video, truth.audio)}
-            for name, video in videos.items():
-                curves[name].append(follow(opening_of(video).numpy(), truth.mouth[:, 0]))
-        where = "a language never heard" if language else "languages of the training"
+            source, truth = dub_pair(SPEAKERS + i, 96, size, language=language)
+            for name, video in videos_of(source, truth).items():
+                opening = mouth_opening(judge, video)
+                curves[name].append(follow(opening, truth.mouth[:, 0]))
         for name in curves:
-            rows[f"{where}, {name}"] = row_of(curves[name])
-    digits = dict(correlation=2, lag=0, lag_0=2, **dict.fromkeys(SOUNDS, 1))
-    table(f"opening, % of the side; {cfg.clips} people", rows, digits)
-    return dict(rows=rows)
+            languages[f"{title}, {name}"] = best_lag(curves[name])
+    table(f"languages, {4 * cfg.clips} people", languages, dict(correlation=2, lag=0, at_0=2))
+    return dict(rows=rows, languages=languages)
 
 
 LANDINGS = range(5, 50, 5)  # j at which a second step may begin

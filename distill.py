@@ -82,7 +82,7 @@ PRESETS = {
         init_steps=100, init_lr=5e-4, dmd_steps=45, dmd_view=0.0, student_lr=1e-4, critic_lr=2e-4,
     ),
     "small": dict(
-        size=128, depth=6, clips=300, sync_steps=1600, teacher_steps=7400, t_shift=3.5,
+        size=128, depth=6, clips=300, sync_steps=700, teacher_steps=7400, t_shift=3.5,
         weight_clip=4.0, init_steps=60, dmd_steps=24, dmd_view=0.1, student_lr=4e-5,
         critic_lr=1.5e-4, guidance=1.5, sync_window="all",
     ),

@@ -122,10 +122,10 @@ LANGUAGES = {
 }
 UNHEARD = "sv"  # the language that nobody is trained on
 # eSpeak's voices: men, women, and some that filter pulses as Klatt's synthesizer does. Left out are
-# whispers and robots, and f2, f3 and f5, whose breath is noise that no seed decides.
+# whispers and robots, and f2, f3, f5 and Alicia, whose breath is noise that no seed decides.
 VARIANTS = (
     "m1 m2 m3 m4 m5 m6 m7 m8 adam Alex david edward Gene iven Lee max Michael pedro "
-    "f1 f4 Alicia Andrea Annie anika aunty belinda grandma linda steph steph2 "
+    "f1 f4 shelby Andrea Annie anika aunty belinda grandma linda steph steph2 "
     "klatt klatt3 klatt4"
 ).split()
 CLOSURE = 0.05  # s: eSpeak's p, t and k begin with the burst, the lips shut so long before

@@ -56,6 +56,9 @@ sample --video good.mp4 --out out --weights text.pt: no checkpoint of this proje
 sample --video good.mp4 --out out --weights other.pt: no checkpoint of this project
 sample --video good.mp4 --out out --weights teacher.pt: cannot stream
 sample --video good.mp4 --out out --weights shape.pt: made by other code (size mismatch
+sample --text hi --voice xx --weights student: eSpeak has no such voice
+sample --text ... --weights student: finds nothing to say
+sample --text hi --audio good.wav --weights student: which of them
 sample --speed 3: unrecognized arguments: --speed
 sample --device abacus: --device abacus
 syncnet --video good.mp4 --weights student: a checkpoint of kind dit, where syncnet is needed

@@ -15,7 +15,8 @@ import data
 import model
 import runtime
 import sample
-from faces import draw
+import voices
+from faces import draw, mouth_mask, paste_box
 from voices import RATE
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -171,6 +172,33 @@ def test_dubbing_a_recording(tmp_path, student_file):
     assert np.abs(heard - heard.round()).max() < 0.04
 
 
+def test_the_soft_mask_blends_once(tiny):
+    """By hand: a black mouth over white. In a square, and in a file of its own size."""
+    white = torch.full((1, 12, 32, 32, 3), 255, dtype=torch.uint8)
+    black = (1 - 2 * tiny.mask).expand(1, 3, -1, -1)
+    soft = mouth_mask(32)[:, :, None]
+    shown = sample.to_frames(tiny, black, white)
+    assert (shown - 255 * (1 - soft)).abs().max() <= 0.51
+    hard = sample.to_frames(tiny, black, white, blend=False)
+    assert torch.equal(hard, (255 * (soft == 0)).to(torch.uint8).expand_as(hard))
+    pasted = paste_box(white[0, 0], hard[0, 0], (0, 0, 32), soft)
+    assert (pasted - 255 * (1 - soft)).abs().max() <= 0.51
+
+
+def test_a_drawn_person_says_a_sound_file_or_a_text(tmp_path, student_file, capsys):
+    out, wav = tmp_path / "dub.mp4", tmp_path / "a.wav"
+    soundfile.write(wav, voices.say("Guten Tag", "de"), RATE)
+    spoken = f"--out {out} --weights {student_file}".split()
+    videos = []
+    for given in (["--audio", str(wav)], ["--text", "Guten Tag", "--voice", "de"]):
+        sample.main([*given, *spoken, "--face", "7"])
+        videos.append(torch.stack(list(data.read_video(out))))
+    seconds = soundfile.info(wav).duration
+    assert len(videos[0]) == pytest.approx(25 * seconds, abs=1.5)
+    assert videos[0].shape == videos[1].shape and videos[0].shape[1:] == (96, 96, 3)
+    assert np.abs(data.Sound(out)[:]).max() > 0.1 and "--face 7" in capsys.readouterr().out
+
+
 def test_frames_to_a_pipe_whose_reader_may_leave_early(tmp_path, student_file):
     clip, path = draw(21, 24, 32), tmp_path / "a.mp4"
     with data.write_video(path, (32, 32), clip.audio) as put:
@@ -184,7 +212,7 @@ def test_frames_to_a_pipe_whose_reader_may_leave_early(tmp_path, student_file):
     assert early.stdout.strip() == "100" and "Traceback" not in early.stderr
 
 
-@pytest.mark.parametrize("script", ["data", "syncnet", "sample", "distill", "bench"])
+@pytest.mark.parametrize("script", ["voices", "data", "syncnet", "sample", "distill", "bench"])
 def test_every_script_has_help(script, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with contextlib.suppress(SystemExit):
