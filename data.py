@@ -229,23 +229,6 @@ def recorded(folder, size, frames):
             print(f"left out, or the rest of it: {e}")
 
 
-@functools.cache
-def world():
-    """What people look and sound like, in small: (1856,) float. A checkpoint remembers the world
-    that it was trained on, so that most changes to faces.py or to log_mel are noticed."""
-    clips = [draw(2 * i, 4, 32) for i in range(8)]
-    looks = torch.stack([clip.video[0] for clip in clips]).float().permute(0, 3, 1, 2) / 255
-    sounds = torch.stack([log_mel(clip.audio).mean(0) for clip in clips])
-    return torch.cat([F.avg_pool2d(looks, 4).flatten(), sounds.flatten()])
-
-
-def same_world(other):
-    """Is this a checkpoint's `world` of today? None: one that does not say."""
-    if other is None or other.shape != world().shape:
-        return False
-    return (other - world()).abs().max().item() < 0.02
-
-
 # With all tracks in use, time 0 of each is the file's (else MPEG-TS starts each at its own).
 ALL_TRACKS = "-map 0:v? -map 0:a? -c copy -f null -".split()
 # Sound at its time, and silence where there is none; less than a frame off is jitter.

@@ -5,15 +5,15 @@
     python distill.py --config small --fresh --stage teacher    # a teacher of your own
 
 Stages: judge and syncnet (the lip-sync experts), teacher (flow matching), init (diffusion forcing),
-dmd (distribution matching distillation with the sync window and the reward -> student.pt). Each
-saves to out/CONFIG/. What is there already is used, and said so; --fresh makes everything anew.
+student (distribution matching distillation with the sync window and the reward). Each saves its
+checkpoint to out/CONFIG/. One that is there already is used, and a line says so; --fresh makes
+everything anew.
 """
 
 import copy
 import dataclasses
-import functools
-import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,16 +24,30 @@ import model as nn_model
 import runtime
 import sample
 import syncnet
-from data import same_world, to_float, to_pixels, to_tokens
-from model import DiT, denoising_loss, load_dit, network_of, save_dit, seconds_a_pass
-from runtime import Fail, Progress, adam_w, compiled, ema, mixed, opt, ranks, rate, update
+from data import to_float, to_pixels, to_tokens
+from model import DiT, denoising_loss, load_dit, network_of, save_dit
+from runtime import (
+    Fail,
+    adam_w,
+    compiled,
+    learning_rate,
+    mixed,
+    opt,
+    optimizer_step,
+    rank,
+    step_seed,
+    update_ema,
+    world_size,
+)
 from sample import add_noise, dub_student, guided, noise_like, rollout, shift, student_times, tau
 from syncnet import means, reward_weights
 
 AUDIO_DROP = 0.12  # of the teacher's clips are told nothing, for guidance
 INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
 LOWEST = 0.02  # time that the teacher learns from, and is asked at in DMD (paper: .001)
-JUDGE_CLIPS, TABLE_CLIPS = 800, 16  # people at most that the judge learns from; in the last table
+JUDGE_CLIPS = 800  # people at most that the judge learns from
+TABLE_CLIPS = 16  # people in the last table
+STAGES = "judge", "syncnet", "teacher", "init", "student"
 
 
 @dataclasses.dataclass
@@ -43,6 +57,7 @@ class Config(nn_model.Config):
     out: str = opt("", "folder; out/CONFIG if not given")
     fresh: bool = opt(False, "use no result that is there, in out/ or weights/")
     teacher: str = opt("", "a teacher's checkpoint to distil from")
+    weights: str = opt("", "folder whose judge, syncnet and teacher will do where --out has none")
     folder: str = opt("", "train on the mp4s in this folder instead of drawn clips")
     device: str = opt("", "cuda, mps or cpu; the best there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
@@ -82,9 +97,9 @@ PRESETS = {
         init_steps=100, init_lr=5e-4, dmd_steps=45, dmd_view=0.0, student_lr=1e-4, critic_lr=2e-4,
     ),
     "small": dict(
-        size=128, depth=6, clips=300, sync_steps=700, teacher_steps=7400, t_shift=3.5,
-        weight_clip=4.0, init_steps=60, dmd_steps=24, dmd_view=0.1, student_lr=4e-5,
-        critic_lr=1.5e-4, guidance=1.5, sync_window="all",
+        weights=str(runtime.BUNDLED / "small"), size=128, depth=6, clips=300, sync_steps=700,
+        teacher_steps=7400, t_shift=3.5, weight_clip=4.0, init_steps=60, dmd_steps=24, dmd_view=0.1,
+        student_lr=4e-5, critic_lr=1.5e-4, guidance=1.5, sync_window="all",
     ),
 }  # fmt: skip
 
@@ -104,28 +119,17 @@ def target(batch):
     return to_float(batch.source.chunk(2, 2)[1])
 
 
-def look_at(student, watch, judge):
-    return means(dub_student(student, watch.source, watch.mel), watch, judge)
+def evaluate_teacher(teacher, val, judge, cfg):
+    """The measures of its dubs, in fewer steps than usual."""
+    dub = sample.dub_teacher(
+        teacher, val.source, val.mel, steps=10, guidance=cfg.guidance, latents=cfg.latents
+    )
+    return means(dub, val, judge)
 
 
-def minutes(cfg, device):
-    """Roughly what the job takes here: a clip drawn and a pass are timed, and passes counted, with
-    factors for what goes backward that came out right. The experts are left out."""
-    bundled = f"{runtime.BUNDLED}/{cfg.config}/teacher.pt"
-    anew = cfg.folder or cfg.start or os.path.exists(f"{cfg.out}/begun-fresh")
-    found = map(os.path.isfile, (f"{cfg.out}/teacher.pt", "" if anew else bundled))
-    teacher_too = not cfg.teacher and (cfg.fresh or not any(found))
-    passes = 3 * cfg.batch * cfg.teacher_steps if teacher_too else 0
-    if cfg.stage != "teacher":
-        passes += 5 * cfg.batch * cfg.init_steps
-    if cfg.stage == "all":
-        passes += 7 * (cfg.critic_updates + 1) * cfg.dmd_batch * cfg.dmd_steps
-        passes += 24 / cfg.latents * sample.STEPS * TABLE_CLIPS
-    n = 4 if device.type == "cpu" else min(32, cfg.batch)
-    one = seconds_a_pass(network_of(cfg), cfg.latents, device, n)
-    begun = time.time()
-    data.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device)
-    return (cfg.clips * (time.time() - begun) + passes * one) / 60
+def evaluate_student(student, val, judge):
+    """The measures of its dubs."""
+    return means(dub_student(student, val.source, val.mel), val, judge)
 
 
 def seen_differently(reward, x0, batch, cfg):
@@ -151,31 +155,42 @@ def teacher_loss(net, reward, batch, noise, t, drop, cfg, edges, view):
     return loss
 
 
-def train_teacher(cfg, clips, reward, judge, watch):
+def train_teacher(cfg, clips, reward, judge, val):
     """Flow matching, starting from the ears of the lip-sync expert (the paper: wav2vec 2.0)."""
-    device, steps, B = clips.video.device, cfg.teacher_steps, cfg.batch // ranks()[1]
-    rng = runtime.generator(cfg.seed, device)
+    device = clips.video.device
+    steps = cfg.teacher_steps
+    B = cfg.batch // world_size()
+    torch.manual_seed(cfg.seed)  # of the weights
     net = DiT(network_of(cfg)).to(device)
     if cfg.start:
         net.load_state_dict(load_dit(cfg.start).state_dict())
     net.hear.load_state_dict(reward.sound.state_dict())
-    average = copy.deepcopy(net).requires_grad_(False)
+    ema = copy.deepcopy(net).requires_grad_(False)
+
     # Muon for the matrices of the blocks, where it learns in little over half the time.
-    matrices = [p for n, p in net.blocks.named_parameters() if p.ndim == 2 and "mod" not in n]
-    others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
-    muon, adam = runtime.Muon(matrices, cfg.muon_lr), adam_w(others, cfg.teacher_lr, (0.9, 0.98))
-    parts = dict(net=net, average=average, muon=muon, adam=adam)
-    progress = Progress(cfg, "teacher", steps, rng, **parts)
+    matrices = []
+    for name, parameter in net.blocks.named_parameters():
+        if parameter.ndim == 2 and "mod" not in name:
+            matrices.append(parameter)
+    in_muon = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in net.parameters() if id(parameter) not in in_muon]
+    muon = runtime.Muon(matrices, cfg.muon_lr)
+    adam = adam_w(others, cfg.teacher_lr, betas=(0.9, 0.98))
+
     loss_of = compiled(teacher_loss, cfg.compile, device, steps)
+    parts = dict(net=net, ema=ema, muon=muon, adam=adam)
+    first = runtime.load_resume(cfg, "teacher", parts)
+    log_every = max(1, steps // 40)
+    evaluate_every = 10 * log_every
+    rng = torch.Generator(device)
+    start = saved = time.time()
+    for step in range(first, steps + 1):
+        rng.manual_seed(step_seed(cfg.seed, step))
 
-    def look():
-        how = dict(steps=10, guidance=cfg.guidance, latents=cfg.latents)
-        return means(sample.dub_teacher(average, watch.source, watch.mel, **how), watch, judge)
-
-    for step in progress:
         # Timing first. What the expert sees comes in from 0 to 1 in the third quarter, edges in the
         # second half; half the training earlier if it starts from another teacher's weights.
-        late = min(1.0, max(0.0, 2 * step / steps - (not cfg.start)))
+        late = 2 * step / steps if cfg.start else 2 * step / steps - 1
+        late = min(1.0, max(0.0, late))
         edges = torch.full((), late * cfg.edges, device=device)
         view = torch.full((), min(1.0, 2 * late) * cfg.view, device=device)
         if late == 0 and loss_of is teacher_loss:
@@ -188,11 +203,23 @@ def train_teacher(cfg, clips, reward, judge, watch):
         with mixed(net):
             loss = loss_of(net, reward, batch, noise, t, drop, cfg, edges, view)
         loss.backward()
-        pace = rate(step, steps)
-        norm = update(net, {muon: pace * cfg.muon_lr, adam: pace * cfg.teacher_lr})
-        ema(average, net, step, steps / 6)
-        progress(step, look, loss=loss, norm=norm)
-    return average
+        muon_lr = learning_rate(cfg.muon_lr, step, steps)
+        adam_lr = learning_rate(cfg.teacher_lr, step, steps)
+        norm = optimizer_step(net, {muon: muon_lr, adam: adam_lr})
+        update_ema(ema, net, step, horizon=steps / 6)
+
+        save_now = time.time() - saved > runtime.SAVE_SECONDS
+        if step % log_every == 0 or step == steps or save_now:
+            values = runtime.finite("teacher", step, loss=loss, norm=norm)
+            if rank() == 0 and (step % evaluate_every == 0 or step == steps):
+                values |= evaluate_teacher(ema, val, judge, cfg)
+            runtime.log(cfg, "teacher", step, steps, first, start, values)
+        if save_now:
+            runtime.save_resume(cfg, "teacher", step, parts)
+            runtime.draw_curves(cfg)
+            saved = time.time()
+    runtime.draw_curves(cfg)
+    return ema
 
 
 def student_of(net, cfg):
@@ -213,20 +240,26 @@ def init_loss(net, reward, batch, noise, t, cfg):
     return loss + cfg.view * seen_differently(reward, guess, batch, cfg)
 
 
-def train_init(cfg, teacher, clips, reward, judge, watch):
+def train_init(cfg, teacher, clips, reward, judge, val):
     """The teacher's weights under causal attention: every chunk has its own noise level, one of the
     student's two, or is clean, as the cache will hold it."""
-    device, steps, B = clips.video.device, cfg.init_steps, cfg.batch // ranks()[1]
-    rng = runtime.generator(cfg.seed + 1, device)
+    device = clips.video.device
+    steps = cfg.init_steps
+    B = cfg.batch // world_size()
     net = student_of(teacher, cfg)
-    average = copy.deepcopy(net).requires_grad_(False)
-    adam = adam_w(net.parameters(), cfg.init_lr, (0.9, 0.98))
-    progress = Progress(cfg, "init", steps, rng, net=net, average=average, adam=adam)
-    look = functools.partial(look_at, average, watch, judge)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    adam = adam_w(net.parameters(), cfg.init_lr, betas=(0.9, 0.98))
+
     loss_of = compiled(init_loss, cfg.compile, device, steps)
     levels = torch.tensor(student_times(cfg), device=device)
-
-    for step in progress:
+    parts = dict(net=net, ema=ema, adam=adam)
+    first = runtime.load_resume(cfg, "init", parts)
+    log_every = max(1, steps // 40)
+    evaluate_every = 10 * log_every
+    rng = torch.Generator(device)
+    start = saved = time.time()
+    for step in range(first, steps + 1):
+        rng.manual_seed(step_seed(cfg.seed + 1, step))
         batch = clips.draw(B, cfg, rng)
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
         shape = B, cfg.latents // cfg.chunk
@@ -236,10 +269,21 @@ def train_init(cfg, teacher, clips, reward, judge, watch):
         with mixed(net):
             loss = loss_of(net, reward, batch, noise, t, cfg)
         loss.backward()
-        norm = update(net, {adam: cfg.init_lr * rate(step, steps)})
-        ema(average, net, step, steps / 12)
-        progress(step, look, loss=loss, norm=norm)
-    return average
+        norm = optimizer_step(net, {adam: learning_rate(cfg.init_lr, step, steps)})
+        update_ema(ema, net, step, horizon=steps / 12)
+
+        save_now = time.time() - saved > runtime.SAVE_SECONDS
+        if step % log_every == 0 or step == steps or save_now:
+            values = runtime.finite("init", step, loss=loss, norm=norm)
+            if rank() == 0 and (step % evaluate_every == 0 or step == steps):
+                values |= evaluate_student(ema, val, judge)
+            runtime.log(cfg, "init", step, steps, first, start, values)
+        if save_now:
+            runtime.save_resume(cfg, "init", step, parts)
+            runtime.draw_curves(cfg)
+            saved = time.time()
+    runtime.draw_curves(cfg)
+    return ema
 
 
 def teacher_guidance(t, cfg):
@@ -282,38 +326,45 @@ def student_loss(cfg, X, batch, teacher, critic, reward, rng):
     return loss, c
 
 
-def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
+def train_dmd(cfg, teacher, init, clips, reward, judge, val):
     """Distribution matching: the student dubs; every `critic_updates`-th time it is moved from the
     critic's guess towards the teacher's; the critic learns (flow matching) what it makes now."""
-    device, steps, B = clips.video.device, cfg.dmd_steps, cfg.dmd_batch // ranks()[1]
-    rng = runtime.generator(cfg.seed + 2, device)
-    student, critic = student_of(init, cfg), copy.deepcopy(teacher).train().requires_grad_(True)
-    average = copy.deepcopy(student).requires_grad_(False)
-    adam = adam_w(student.parameters(), cfg.student_lr, (0.0, 0.999))
-    critic_adam = adam_w(critic.parameters(), cfg.critic_lr, (0.0, 0.999))
-    parts = dict(student=student, critic=critic, adam=adam, critic_adam=critic_adam)
-    progress = Progress(cfg, "student", steps, rng, average=average, **parts)
-    look = functools.partial(look_at, average, watch, judge)
-    critic_loss_of = compiled(flow_loss, cfg.compile, device, steps * cfg.critic_updates)
+    device = clips.video.device
+    steps = cfg.dmd_steps
+    B = cfg.dmd_batch // world_size()
+    student = student_of(init, cfg)
+    critic = copy.deepcopy(teacher).train().requires_grad_(True)
+    ema = copy.deepcopy(student).requires_grad_(False)
+    adam = adam_w(student.parameters(), cfg.student_lr, betas=(0.0, 0.999))
+    critic_adam = adam_w(critic.parameters(), cfg.critic_lr, betas=(0.0, 0.999))
 
-    for step in progress:
+    critic_loss_of = compiled(flow_loss, cfg.compile, device, steps * cfg.critic_updates)
+    parts = dict(student=student, critic=critic, ema=ema, adam=adam, critic_adam=critic_adam)
+    first = runtime.load_resume(cfg, "student", parts)
+    log_every = max(1, steps // 40)
+    evaluate_every = 4 * log_every  # more often than in the other stages: it changes fast
+    rng = torch.Generator(device)
+    start = saved = time.time()
+    for step in range(first, steps + 1):
+        rng.manual_seed(step_seed(cfg.seed + 2, step))
         for turn in range(1, cfg.critic_updates + 1):
             students_turn = turn == cfg.critic_updates
             batch = clips.draw(B, cfg, rng)
 
-            # The student dubs the batch, up to one of its calls, drawn by chance.
+            # The student dubs the batch, up to one of its calls, drawn by chance: the same one in
+            # all processes, so that none waits for another.
             chance = np.random.default_rng([cfg.seed, step, turn])
-            call = int(chance.integers(cfg.student_steps))
+            exit_step = int(chance.integers(cfg.student_steps))
             with torch.set_grad_enabled(students_turn), mixed(student):
-                X = rollout(student, embed(student, batch), call, rng)
+                X = rollout(student, embed(student, batch), exit_step, rng)
 
             # The last of these turns trains the student ...
             if students_turn:
                 with mixed(student):
                     loss, c = student_loss(cfg, X, batch, teacher, critic, reward, rng)
                 loss.backward()
-                norm = update(student, {adam: cfg.student_lr})
-                ema(average, student, step, steps / 4)
+                norm = optimizer_step(student, {adam: cfg.student_lr})
+                update_ema(ema, student, step, horizon=steps / 4)
 
             # ... and every turn the critic.
             X = X.detach()
@@ -322,9 +373,22 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, watch):
                 cond = embed(critic, batch)
                 critic_loss, _ = critic_loss_of(critic, X, noise_like(X, rng), t, cond, cfg)
             critic_loss.backward()
-            update(critic, {critic_adam: cfg.critic_lr})
-        progress(step, look, critic_loss=critic_loss, loss=loss, norm=norm, reward_c=c)
-    return average
+            optimizer_step(critic, {critic_adam: cfg.critic_lr})
+
+        save_now = time.time() - saved > runtime.SAVE_SECONDS
+        if step % log_every == 0 or step == steps or save_now:
+            values = runtime.finite(
+                "student", step, critic_loss=critic_loss, loss=loss, norm=norm, reward_c=c
+            )
+            if rank() == 0 and (step % evaluate_every == 0 or step == steps):
+                values |= evaluate_student(ema, val, judge)
+            runtime.log(cfg, "student", step, steps, first, start, values)
+        if save_now:
+            runtime.save_resume(cfg, "student", step, parts)
+            runtime.draw_curves(cfg)
+            saved = time.time()
+    runtime.draw_curves(cfg)
+    return ema
 
 
 def set_up(cfg):
@@ -339,29 +403,66 @@ def set_up(cfg):
     DiT(network_of(cfg))  # Fail now, not after the experts
     if cfg.folder:
         data.mp4s(cfg.folder)
-    for path in filter(None, (cfg.teacher, cfg.start)):
-        if load_dit(path, like=cfg).stage != "teacher":
+    for path in (cfg.teacher, cfg.start):
+        if path and load_dit(path, like=cfg).stage != "teacher":
             raise Fail(f"{path}: a causal student cannot teach; name a teacher.pt")
     runtime.keep_memory()
     runtime.join_others(cfg.device)
-    if cfg.batch % ranks()[1] or cfg.dmd_batch % ranks()[1]:
-        raise Fail(f"{ranks()[1]} processes do not share a batch of {cfg.batch} or {cfg.dmd_batch}")
+    if cfg.batch % world_size() or cfg.dmd_batch % world_size():
+        batches = f"{cfg.batch} or {cfg.dmd_batch}"
+        raise Fail(f"{world_size()} processes do not share a batch of {batches}")
     return runtime.find_device(cfg.device, cfg.precision)
+
+
+def load_clips(cfg, split, device):
+    """Clips to train on; of real people only if there is a --folder, and never for the judge."""
+    start = time.time()
+    if split == "judge":
+        clips = data.Clips(cfg.size, min(cfg.clips, JUDGE_CLIPS), device, split)
+    else:
+        clips = data.Clips(cfg.size, cfg.clips, device, split, cfg.folder)
+    print(f"data: {len(clips.video)} clips ({split}), {time.time() - start:.0f} s", flush=True)
+    return clips
+
+
+def remembered(cfg):
+    """What a checkpoint tells of how it was made."""
+    return dict(source_hash=runtime.source_hash(), options=dataclasses.asdict(cfg))
+
+
+def save_stage(cfg, stage, net):
+    """Save what a stage has made -> its path. What was made from a former one is deleted."""
+    path = Path(cfg.out, f"{stage}.pt")
+    if rank() == 0:
+        for later in STAGES[STAGES.index(stage) + 1 :]:
+            stale = Path(cfg.out, f"{later}.pt")
+            if stale.is_file():
+                print(f"{later}: {stale} was made from the former {path}: deleted")
+            stale.unlink(missing_ok=True)
+            runtime.resume_path(cfg, later).unlink(missing_ok=True)
+    save_dit(path, net, stage, **remembered(cfg))
+    runtime.barrier()  # until the file is there
+    runtime.resume_path(cfg, stage).unlink(missing_ok=True)
+    print(f"{stage}: {path}", flush=True)
+    return path
 
 
 def closing_table(cfg, teacher, student, judge, device):
     """Held-out people dubbed to other words, by the teacher and by the student."""
     pairs = data.held_out(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
-    how = dict(source=pairs.source, mel=pairs.mel)
-    dubs = {"truth": pairs.truth}
-    dubs["teacher, 50 steps, unguided"] = sample.dub_teacher(teacher, latents=cfg.latents, **how)
-    dubs[f"student, {cfg.student_steps} steps a chunk"] = dub_student(student, **how)
+    teachers = sample.dub_teacher(teacher, pairs.source, pairs.mel, latents=cfg.latents)
+    students = dub_student(student, pairs.source, pairs.mel)
+    rows = {
+        "truth": means(pairs.truth, pairs, judge),
+        "teacher, 50 steps, unguided": means(teachers, pairs, judge),
+        f"student, {cfg.student_steps} steps a chunk": means(students, pairs, judge),
+    }
     print(
         f"\n{TABLE_CLIPS} held-out people, dubbed to other words, and a judge that trains nothing:"
     )
-    rows = {name: means(dub, pairs, judge) for name, dub in dubs.items()}
     syncnet.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharp=2, frechet=2))
-    clip = data.dub_pair(0, pairs.source.shape[1], cfg.size)[1]
+
+    _, clip = data.dub_pair(0, pairs.source.shape[1], cfg.size)
     for _ in range(2):  # the first warms up
         fps, ttff = sample.clock(sample.stream(student, clip.video, clip.audio), device)
     print(f"The student streams {fps:.0f} frames a second, the first after {1000 * ttff:.1f} ms.")
@@ -372,43 +473,60 @@ def main(argv):
     device = set_up(cfg)
     dtype = runtime.fast_dtype(device)
     where = f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
-    about = f"about {max(1, minutes(cfg, device)):.0f} minutes in all"
-    print(f"{where}; results in {cfg.out}/; {about}", flush=True)
-    keep = dict(world=data.world(), options=dataclasses.asdict(cfg))
-    watch = data.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
+    print(f"{where}; results in {cfg.out}/", flush=True)
+    val = data.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
+    expert_cfg = syncnet.Config(size=cfg.size)
 
-    @functools.cache
-    def clips(split):
-        n = min(cfg.clips, JUDGE_CLIPS) if split == "judge" else cfg.clips
-        begun, folder = time.time(), "" if split == "judge" else cfg.folder
-        made = data.Clips(cfg.size, n, device, split, folder)
-        print(f"data: {len(made.video)} clips ({split}), {time.time() - begun:.0f} s", flush=True)
-        return made
+    # 1. The judge. It learns from people whom nothing else sees.
+    path = runtime.result("judge", cfg, bundled=True)
+    if path is None:
+        path = Path(cfg.out, "judge.pt")
+        if rank() == 0:
+            clips = load_clips(cfg, "judge", device)
+            seed = cfg.seed + 20
+            syncnet.train(path, expert_cfg, clips, cfg.sync_steps, seed, val, **remembered(cfg))
+            del clips  # its memory is needed for the others
+        runtime.barrier()  # until the file is there
+    judge = syncnet.load_syncnet(path, device)
 
-    def expert(name, split, seed):
-        def train(path):
-            if ranks()[0] == 0:
-                expert_cfg = syncnet.Config(size=cfg.size)
-                syncnet.train(path, expert_cfg, clips(split), cfg.sync_steps, seed, watch, **keep)
+    # All that follows learns from the same clips. They are drawn once something is to be trained.
+    clips = None
 
-        return syncnet.load_syncnet(runtime.result(name, cfg, same_world, train), device)
+    # 2. The expert that gives the reward. A bundled one has seen drawn people only.
+    path = runtime.result("syncnet", cfg, bundled=not cfg.folder)
+    if path is None:
+        path = Path(cfg.out, "syncnet.pt")
+        if rank() == 0:
+            clips = load_clips(cfg, "train", device)
+            seed = cfg.seed + 10
+            syncnet.train(path, expert_cfg, clips, cfg.sync_steps, seed, val, **remembered(cfg))
+        runtime.barrier()
+    reward = syncnet.load_syncnet(path, device)
 
-    def network(name, train, *nets):
-        def make(path):
-            net = train(cfg, *nets, clips("train"), reward, judge, watch)
-            save_dit(path, net, name, **keep)
+    # 3. The teacher.
+    path = runtime.result("teacher", cfg, bundled=not cfg.folder and not cfg.start)
+    if path is None:
+        clips = clips or load_clips(cfg, "train", device)
+        path = save_stage(cfg, "teacher", train_teacher(cfg, clips, reward, judge, val))
+    teacher = load_dit(path, device, like=cfg)
 
-        return load_dit(runtime.result(name, cfg, same_world, make), device, like=cfg)
+    # 4. The student's first weights.
+    if cfg.stage in ("init", "all"):
+        path = runtime.result("init", cfg)
+        if path is None:
+            clips = clips or load_clips(cfg, "train", device)
+            path = save_stage(cfg, "init", train_init(cfg, teacher, clips, reward, judge, val))
+        init = load_dit(path, device, like=cfg)
 
-    judge = expert("judge", "judge", cfg.seed + 20)
-    clips.cache_clear()  # nothing else may see the judge's people
-    reward = expert("syncnet", "train", cfg.seed + 10)
-    teacher = network("teacher", train_teacher)
-    if cfg.stage != "teacher":
-        init = network("init", train_init, teacher)
+    # 5. The student.
     if cfg.stage == "all":
-        student = network("student", train_dmd, teacher, init).to(dtype)
-        if ranks()[0] == 0:
+        path = runtime.result("student", cfg)
+        if path is None:
+            clips = clips or load_clips(cfg, "train", device)
+            net = train_dmd(cfg, teacher, init, clips, reward, judge, val)
+            path = save_stage(cfg, "student", net)
+        student = load_dit(path, device, like=cfg).to(dtype)
+        if rank() == 0:
             pairs = [data.dub_pair(i, 96, cfg.size) for i in range(3)]
             sample.side_by_side(f"{cfg.out}/sample.mp4", student, pairs)
             closing_table(cfg, teacher.to(dtype), student, judge, device)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import importlib.util
 import math
-import time
 from typing import NamedTuple
 
 import torch
@@ -341,30 +340,13 @@ def denoising_loss(net, x, y, weight, edges):
     return loss / net.mask.mean()
 
 
-@torch.no_grad()
-def seconds_a_pass(cfg, latents, device, n):
-    """A sample through a network of this config, here, in a batch of n."""
-    net = DiT(cfg).to(device, runtime.fast_dtype(device))
-    x = torch.zeros(n, 4 * latents, cfg.size, cfg.size * 3 // 4, 3, device=device)
-    heard = torch.zeros(n, AUDIO_BACK + 16 * latents + AUDIO_AHEAD, MELS, device=device)
-    spent = []
-    for _ in range(3):
-        runtime.synchronize(device)
-        begun = time.time()
-        cond = net.embed(x, x, heard)
-        net(cond.known, 0.5, cond)
-        runtime.synchronize(device)
-        spent.append(time.time() - begun)
-    return min(spent) / n
-
-
 def network_of(cfg):
     """The network's part of a script's config -> Config."""
     return Config(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
 
 
 def save_dit(path, net, stage, **more):
-    if runtime.ranks()[0] == 0:
+    if runtime.rank() == 0:
         fields = dict(stage=stage, model_config=dataclasses.asdict(net.cfg), **more)
         runtime.save(path, net, kind="dit", **fields)
 

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -14,14 +15,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 
 BUNDLED = Path(__file__).parent / "weights"
-PRECISION = os.environ.get("PRECISION", "")  # "": what the device multiplies fastest
 PRECISIONS = "of products, else what the device does fast", ("float32", "bfloat16")  # an option's
+precision = ""  # what --precision says, for the whole process; "": what the device does fast
 WHERE = "stage", "out", "fresh", "device", "precision", "compile"  # options that change no result
+SAVE_SECONDS = 30  # between two states of a training that a stopped run goes on from
+# The files that say who is drawn, what they say and how it is heard.
+WORLD = "faces.py", "voices.py", "data.py"
 
 
 class Fail(Exception):
@@ -40,17 +45,23 @@ def opt(default, help="", choices=None, least=1):
 
 
 def options(cls, argv, usage, presets={}):
-    """Command line -> cls, a dataclass whose fields are the options (`--beta 0`; hyphens do for
-    underscores). With presets, {name: fields}, `--config NAME` picks one first."""
+    """Command line -> cls, a dataclass whose fields are the options (`--beta 0`). With presets,
+    {name: fields}, `--config NAME` picks one first."""
     parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
-        name, default = field.name, [str(field.default)]
-        default += [f"{fields[name]} in {key}" for key, fields in presets.items() if name in fields]
-        text = f"{field.metadata['help']} (default {', '.join(default)})".replace("%", "%%")
-        how = dict(type=field.type, choices=field.metadata["choices"])
-        how = dict(action="store_true") if field.type is bool else how
-        flags = dict.fromkeys(["--" + name, "--" + name.replace("_", "-")])
-        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
+        flag = f"--{field.name}"
+        defaults = [str(field.default)]
+        for preset, fields in presets.items():
+            if field.name in fields:
+                defaults.append(f"{fields[field.name]} in {preset}")
+        text = f"{field.metadata['help']} (default {', '.join(defaults)})".replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            choices = field.metadata["choices"]
+            parser.add_argument(
+                flag, type=field.type, choices=choices, default=argparse.SUPPRESS, help=text
+            )
     given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(cls):
         if field.type is int and given.get(field.name, math.inf) < field.metadata["least"]:
@@ -83,15 +94,19 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def find_device(name="", precision=""):
-    """The named device, or the best there is; `precision` overrules the environment's."""
-    global PRECISION
-    PRECISION = precision or PRECISION
+def find_device(name="", dtype=""):
+    """The named device, or the best there is. `dtype` is what --precision says: from here on it
+    is what the whole process multiplies in."""
+    global precision
+    if dtype:
+        precision = dtype
     if not name:
-        mac = torch.backends.mps.is_available() and not dist.is_initialized()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mac else "cpu"
-    if PRECISION not in ("", *PRECISIONS[1]):
-        raise Fail(f"PRECISION={PRECISION} in the environment: one of {', '.join(PRECISIONS[1])}")
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and not dist.is_initialized():
+            name = "mps"
+        else:
+            name = "cpu"
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -102,10 +117,11 @@ def find_device(name="", precision=""):
 
 
 def fast_dtype(device):
-    """What the device multiplies fastest: bf16 on recent GPUs and on CPUs with AVX-512 BF16 or AMX,
-    else float32 (a CPU with AVX2 alone needs 150 times as long for bf16)."""
-    if PRECISION:
-        return getattr(torch, PRECISION)
+    """What --precision says, else what the device multiplies fastest: bf16 on recent GPUs and on
+    CPUs with AVX-512 BF16 or AMX, else float32 (a CPU with AVX2 alone needs 150 times as long for
+    bf16)."""
+    if precision:
+        return getattr(torch, precision)
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
         fast = has.get("avx512_bf16") or has.get("amx_tile")
@@ -129,44 +145,62 @@ def synchronize(device):
 
 def compiled(function, switch, device, steps):
     """torch.compile of a training step: on, or auto where that pays: a long stage on a GPU."""
-    on = switch == "on" or switch == "auto" and device.type == "cuda" and steps >= 3000
-    return torch.compile(function) if on else function
+    pays = device.type == "cuda" and steps >= 3000
+    if switch == "on" or (switch == "auto" and pays):
+        return torch.compile(function)
+    return function
 
 
 def keep_memory():
     """Let glibc keep freed memory: faulting it in again is a quarter of a CPU's training step."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def ranks():
-    """(this process's number, how many there are)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank():
+    """This process's number, of `world_size()`."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Wait until all processes have come here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def shared_mean(x):
     """The mean of x over the processes; x is used up."""
-    if ranks()[1] > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
-    return x / ranks()[1]
+    return x / world_size()
 
 
-def generator(seed, device):
-    """All random numbers of a stage, on this device; others for each process."""
-    torch.manual_seed(seed)
-    return torch.Generator(device).manual_seed(seed + 1000 * ranks()[0])
+def step_seed(seed, step):
+    """The seed of one training step's random numbers, others for each process. Since a step's do
+    not depend on those of the steps before, a stopped run needs no generator's state to go on."""
+    return int(np.random.SeedSequence([seed, step, rank()]).generate_state(1)[0])
 
 
 def join_others(device=""):
     """Meet the processes that torchrun started, each with a GPU unless `device` is cpu."""
-    if "LOCAL_RANK" in os.environ:
-        if gpu := torch.cuda.is_available() and device != "cpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        hours = datetime.timedelta(hours=2)  # the others wait while the first trains the experts
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=hours)
-        if ranks()[0]:
-            sys.stdout = open(os.devnull, "w")  # only the first one speaks
+    if "LOCAL_RANK" not in os.environ:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available() and device != "cpu":
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The others wait as long as the first one trains the experts.
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # only the first one speaks
 
 
 class Muon(torch.optim.Optimizer):
@@ -182,23 +216,24 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            matrices, lr = group["params"], group["lr"]
+            matrices = group["params"]
+            lr = group["lr"]
             gradient = torch.stack([matrix.grad for matrix in matrices])
             state = self.state[matrices[0]]
             if not state:
                 state["momentum"] = torch.zeros_like(gradient)
             momentum = state["momentum"].lerp_(gradient, 0.05)
-            change = orthogonal(gradient.lerp(momentum, 0.95))  # Nesterov
+            change = newton_schulz(gradient.lerp(momentum, 0.95))  # Nesterov
             rows, columns = matrices[0].shape
             torch._foreach_mul_(matrices, 1 - 0.01 * lr)  # weight decay
             scale = lr * max(1, rows / columns) ** 0.5
             torch._foreach_add_(matrices, list(change.unbind()), alpha=-scale)
 
 
-def orthogonal(x):
+def newton_schulz(x):
     """(n, rows, columns) -> all singular values brought near 1, by five Newton-Schulz steps."""
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT).mT
+        return newton_schulz(x.mT).mT
     x = x.to(fast_dtype(x.device))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
@@ -212,20 +247,21 @@ def adam_w(parameters, lr, betas):
     return torch.optim.AdamW(parameters, lr, betas=betas, weight_decay=0.01, fused=True)
 
 
-def rate(step, steps):
-    """Warm-up over a twentieth, then a cosine to a tenth."""
-    return min(1, 20 * step / steps) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+def learning_rate(peak, step, steps):
+    """Warm-up to `peak` over a twentieth of the steps, then a cosine to a tenth of it."""
+    warm_up = min(1, 20 * step / steps)
+    return peak * warm_up * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def update(net, rates):
-    """Step each optimizer at its rate ({optimizer: rate}), by the gradient's mean over the
+def optimizer_step(net, learning_rates):
+    """Step each optimizer ({optimizer: its learning rate}) by the gradient's mean over the
     processes, clipped at 1 -> its norm, a tensor: nothing here waits for the device."""
-    if ranks()[1] > 1:
+    if world_size() > 1:
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        total = torch.cat([gradient.flatten() for gradient in gradients])
-        vector_to_parameters(shared_mean(total), gradients)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        vector_to_parameters(shared_mean(flat), gradients)
     norm = clip_grad_norm_(net.parameters(), 1.0)
-    for optimizer, lr in rates.items():
+    for optimizer, lr in learning_rates.items():
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -234,10 +270,10 @@ def update(net, rates):
 
 
 @torch.no_grad()
-def ema(average, net, step, horizon):
-    """average follows net over the last `horizon` steps; at the beginning over fewer."""
+def update_ema(ema, net, step, horizon):
+    """ema follows net over the last `horizon` steps; at the beginning over fewer."""
     share = min(1, max(1 / horizon, 9 / (10 + step)))
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), share)
 
 
 def need_file(path):
@@ -253,7 +289,8 @@ def free_space(folder, need=64 << 20, instead="choose another --out"):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise Fail(f"{folder}: cannot be written ({e.strerror}); {instead}") from None
-    if (free := shutil.disk_usage(folder).free) < need:
+    free = shutil.disk_usage(folder).free
+    if free < need:
         raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}")
 
 
@@ -298,123 +335,146 @@ def restore(path, build, weights):
     return net
 
 
-def result(name, cfg, same_world, train):
-    """The path of a stage's checkpoint: one that is there (made here before; beside --teacher;
-    bundled, if nothing here was begun --fresh), unless of another drawn world or older than what it
-    was made from; or train's."""
-    here, begun = Path(cfg.out, f"{name}.pt"), time.time()
-    resume, mark, places = here.with_suffix(".resume.pt"), here.with_name("begun-fresh"), [here]
-    expert, given = name in ("judge", "syncnet"), name == "teacher" and cfg.teacher
-    if expert and cfg.teacher:
-        places.append(Path(cfg.teacher).with_name(here.name))
+def source_hash():
+    """Of the files that say who is drawn, what they say and how it is heard. A checkpoint
+    remembers it, so that one that was trained on other people is told from today's."""
+    digest = hashlib.sha256()
+    for name in WORLD:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def resume_path(cfg, stage):
+    """Where a stage keeps the state that a stopped run goes on from."""
+    return Path(cfg.out, f"{stage}.resume.pt")
+
+
+def result(stage, cfg, bundled=False):
+    """The path of a checkpoint that a stage takes instead of training, said in one line, or None.
+    It lies in --out; an expert's may lie beside --teacher; and where a `bundled` one will do, it
+    may lie in the folder --weights, which the preset small names."""
+    own = Path(cfg.out, f"{stage}.pt")
+    expert = stage in ("judge", "syncnet")
     if cfg.fresh:
-        mark.touch()  # a run that goes on without --fresh takes nothing bundled either
-    # The bundled ones have only seen drawn people; the judge of a --folder has, too.
-    drawn = name == "judge" or (expert or name == "teacher") and not cfg.folder
-    if drawn and not mark.exists():
-        places.append(BUNDLED / cfg.config / here.name)
-    made_of = dict(init=cfg.teacher or f"{cfg.out}/teacher.pt", student=f"{cfg.out}/init.pt")
-    source = Path(made_of.get(name, "-"))
-    since = source.stat().st_mtime if source.is_file() else 0
-    if cfg.fresh or resume.is_file() and resume.stat().st_mtime < since:
-        resume.unlink(missing_ok=True)
-    if name == "teacher" and cfg.start:  # which is to be trained on
-        places = [here]
-    if cfg.fresh or resume.is_file():
-        places = []
-    if ranks()[1] > 1:
-        dist.barrier()  # so that all see the same files
-    for path in [Path(cfg.teacher)] if given else filter(Path.is_file, places):
-        state = load(path, "syncnet" if expert else "dit")
-        if path.stat().st_mtime < since:
-            print(f"{name}: {path} is older than {source}: made anew")
-        elif not given and not same_world(state.get("world")):
-            print(f"{name}: {path} is of other drawn people or another log_mel: made anew")
-        else:
-            was = state.get("options", {}) if path == here else {}
-            other = {k: v for k, v in was.items() if k not in WHERE and getattr(cfg, k, v) != v}
-            made = ", made with" * bool(other) + "".join(f" --{k} {v}" for k, v in other.items())
-            print(f"{name}: {path}{made} (--fresh makes everything anew)", flush=True)
-            return path
-    train(here)
-    if ranks()[1] > 1:
-        dist.barrier()  # until the file is there
-    resume.unlink(missing_ok=True)
-    print(f"{name}: {here}, {time.time() - begun:.0f} s", flush=True)
-    return here
+        resume_path(cfg, stage).unlink(missing_ok=True)
+    if stage == "teacher" and cfg.teacher:
+        places = [Path(cfg.teacher)]
+    elif cfg.fresh or resume_path(cfg, stage).is_file():
+        places = []  # the stage is to be trained, or gone on with
+    else:
+        places = [own]
+        if expert and cfg.teacher:
+            places.append(Path(cfg.teacher).with_name(own.name))
+        if bundled and cfg.weights:
+            places.append(Path(cfg.weights, own.name))
+    found = [path for path in places if path.is_file()]
+    barrier()  # else one process might make what another one has not looked for yet
+    if not found:
+        return None
+    path = found[0]
+    state = load(path, "syncnet" if expert else "dit")
+    changed = changed_options(state, cfg) if path == own else []
+    made = ", made with " + " ".join(changed) if changed else ""
+    print(f"{stage}: {path}{made} (--fresh makes everything anew)", flush=True)
+    if state.get("source_hash", source_hash()) != source_hash():
+        print(f"{stage}: {path} was trained on other drawn people; --fresh makes everything anew")
+    return path
 
 
-class Progress:
-    """A stage's steps: `for step in progress`. Goes on where it was stopped, from STAGE.resume.pt
-    (`parts`, which have a state_dict, and the random generator), and tells how it goes: a line on
-    the screen, a JSON object in log.jsonl, curves.png."""
+def changed_options(state, cfg):
+    """The options that a checkpoint was made with where they differ from today's."""
+    changed = []
+    for name, value in state.get("options", {}).items():
+        if name not in WHERE and getattr(cfg, name, value) != value:
+            changed.append(f"--{name} {value}")
+    return changed
 
-    def __init__(self, cfg, stage, steps, rng, **parts):
-        self.stage, self.steps, self.rng, self.parts = stage, steps, rng, parts
-        self.log, self.path = Path(cfg.out, "log.jsonl"), Path(cfg.out, f"{stage}.resume.pt")
-        self.first, self.start, self.saved = 0, time.time(), time.time()
-        self.options = {key: value for key, value in vars(cfg).items() if key not in WHERE}
-        state = load(self.path, "resume") if self.path.is_file() else {}
-        if state and state["options"] != self.options:
-            print(f"{stage}: {self.path} is of other options: begun anew", flush=True)
-        elif state:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            self.first = state["step"]
-            rng.set_state(state["rng"])
-            if ranks()[0]:  # the state is the first process's: draw others
-                rng.manual_seed(cfg.seed + self.first + 1000 * ranks()[0])
-            print(f"{stage}: going on after step {self.first} ({self.path})", flush=True)
-        lines = self.log.read_text().splitlines() if self.log.is_file() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        # Without what an earlier run said of the steps to come.
-        self.rows = [r for r in rows if r["stage"] != stage or r["step"] <= self.first]
 
-    def __iter__(self):
-        return iter(range(self.first + 1, self.steps + 1))
+def load_resume(cfg, stage, parts):
+    """Put the state that a stopped run of this stage has left into `parts`, {name: what has a
+    state_dict} -> the step to go on with; 1 if there is none, or one of other options."""
+    path = resume_path(cfg, stage)
+    if not path.is_file():
+        return 1
+    state = load(path, "resume")
+    if state["options"] != result_options(cfg):
+        print(f"{stage}: {path} is of other options: begun anew", flush=True)
+        return 1
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    print(f"{stage}: going on after step {state['step']} ({path})", flush=True)
+    return state["step"] + 1
 
-    def __call__(self, step, look, **values):
-        """Tell `values` (tensors, which only here are waited for) forty times a stage, and look()
-        -> more of them, four times (of a student ten times). Every half minute tell, save, and draw
-        the curves. Fail: not finite; nothing is saved."""
-        stride, due = max(1, self.steps // 40), time.time() - self.saved > 30
-        if step % stride and step < self.steps and not due:
-            return
-        values = {name: value.item() for name, value in values.items()}
-        if not all(map(math.isfinite, values.values())):
-            advice = "run it again to go on from the last checkpoint, or with a lower learning rate"
-            raise Fail(f"{self.stage} step {step}: not finite ({values}); {advice}")
-        if ranks()[0]:
-            return
-        every = 4 if self.stage == "student" else 10
-        if step % (every * stride) == 0 or step == self.steps:
-            values |= look()
-        spent = time.time() - self.start
-        self.rows.append(dict(stage=self.stage, step=step, seconds=spent, **values))
-        self.log.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        left = spent / (step - self.first) * (self.steps - step)
-        words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
-        words += f" | {spent:.0f} s, {left:.0f} left"
-        print(f"{self.stage:8} step {step:5d}/{self.steps} | {words}", flush=True)
-        if due:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= dict(step=step, options=self.options, rng=self.rng.get_state())
-            save(self.path, kind="resume", **state)
-            self.saved = time.time()
-        if due or step == self.steps:
-            self.curves()
 
-    def curves(self):
-        import matplotlib.pyplot as plt  # a second, which other commands need not wait
+def save_resume(cfg, stage, step, parts):
+    """Keep the state after a step, for load_resume. Random numbers are not in it: see step_seed."""
+    if rank() == 0:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        options = result_options(cfg)
+        save(resume_path(cfg, stage), kind="resume", step=step, options=options, **states)
 
-        figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
-        keys = "loss critic_loss sync_c reward_c frechet sharp psnr landmark".split()
-        for axis, key in zip(axes.flat, keys):
-            axis.set(title=key, xlabel="share of the stage")
-            rows = [row for row in self.rows if key in row]
-            for stage in dict.fromkeys(row["stage"] for row in rows):
-                steps, values = zip(*((r["step"], r[key]) for r in rows if r["stage"] == stage))
-                axis.plot([step / steps[-1] for step in steps], values, ".-", label=stage)
+
+def result_options(cfg):
+    """The options that change a result."""
+    return {name: value for name, value in vars(cfg).items() if name not in WHERE}
+
+
+def finite(stage, step, **values):
+    """Tensors -> the same as numbers, for which it waits. Fail: one of them is not finite."""
+    numbers = {name: value.item() for name, value in values.items()}
+    if not all(map(math.isfinite, numbers.values())):
+        advice = "run it again to go on from the last checkpoint, or with a lower learning rate"
+        raise Fail(f"{stage} step {step}: not finite ({numbers}); {advice}")
+    return numbers
+
+
+def log(cfg, stage, step, steps, first, start, values):
+    """Tell how a training goes that began with step `first` at the time `start`: a line on the
+    screen, and a JSON object at the end of log.jsonl."""
+    if rank() > 0:
+        return
+    elapsed = time.time() - start
+    left = elapsed / (step - first + 1) * (steps - step)
+    row = dict(stage=stage, step=step, seconds=elapsed, **values)
+    with open(Path(cfg.out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(row) + "\n")
+    words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
+    print(
+        f"{stage:8} step {step:5d}/{steps} | {words} | {elapsed:.0f} s, {left:.0f} left", flush=True
+    )
+
+
+def read_log(path):
+    """log.jsonl -> {stage: its rows}. A run that went on from an earlier step, or began anew,
+    replaces what was said before of the steps from there on."""
+    stages = {}
+    with open(path) as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # a line that was broken off
+                continue
+            earlier = [old for old in stages.get(row["stage"], []) if old["step"] < row["step"]]
+            stages[row["stage"]] = [*earlier, row]
+    return stages
+
+
+def draw_curves(cfg):
+    """log.jsonl -> curves.png beside it."""
+    if rank() > 0:
+        return
+    import matplotlib.pyplot as plt  # a second, which other commands need not wait
+
+    stages = read_log(Path(cfg.out, "log.jsonl"))
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
+    keys = "loss critic_loss sync_c reward_c frechet sharp psnr landmark".split()
+    for axis, key in zip(axes.flat, keys):
+        axis.set(title=key, xlabel="share of the stage")
+        for stage, rows in stages.items():
+            rows = [row for row in rows if key in row]
+            if rows:
+                shares = [row["step"] / rows[-1]["step"] for row in rows]
+                axis.plot(shares, [row[key] for row in rows], ".-", label=stage)
                 axis.legend()
-        figure.savefig(self.log.with_name("curves.png"), dpi=60)
-        plt.close(figure)
+    figure.savefig(Path(cfg.out, "curves.png"), dpi=60)
+    plt.close(figure)

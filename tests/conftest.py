@@ -14,9 +14,11 @@ import torch
 import data
 import distill
 import model
+import runtime
 import syncnet
 
 CPU = torch.device("cpu")
+runtime.precision = os.environ.get("PRECISION", "")
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def seeded():
 @pytest.fixture
 def float32(monkeypatch):
     """Everything in float32: only the order of additions differs."""
-    monkeypatch.setattr("runtime.PRECISION", "float32")
+    monkeypatch.setattr(runtime, "precision", "float32")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
@@ -67,7 +69,7 @@ def expert_file(tmp_path_factory, cfg):
     path = tmp_path_factory.mktemp("sync") / "judge.pt"
     few = data.Clips(cfg.size, 60, CPU, latents=24)
     held_out = data.held_out(4, cfg.size, "watch", CPU, 12)
-    syncnet.train(path, syncnet.Config(size=cfg.size), few, 160, 3, held_out, world=data.world())
+    syncnet.train(path, syncnet.Config(size=cfg.size), few, 160, 3, held_out)
     return path
 
 
@@ -79,7 +81,7 @@ def expert(expert_file):
 @pytest.fixture(scope="session")
 def student_file(tiny, cfg):
     path = f"{cfg.out}/a_student.pt"
-    model.save_dit(path, tiny, "student", world=data.world())
+    model.save_dit(path, tiny, "student")
     return path
 
 

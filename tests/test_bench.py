@@ -19,7 +19,7 @@ ENDS = "first", "last"
 def run(tmp_path, tiny, expert_file, capsys, cfg, monkeypatch):
     """run("speed") -> the JSON object at the end, of networks that have learned nothing."""
     for name in ("teacher", "student"):
-        model.save_dit(tmp_path / f"{name}.pt", tiny, name, world=data.world())
+        model.save_dit(tmp_path / f"{name}.pt", tiny, name)
     for name in ("judge", "syncnet"):
         shutil.copy(expert_file, tmp_path / f"{name}.pt")
     few = ("clips", "latents", "batch", "init_steps", "dmd_steps", "dmd_batch", "critic_updates")

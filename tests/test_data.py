@@ -29,16 +29,6 @@ def test_a_dub_pair_differs_in_the_mouth_and_the_sound_only():
     assert not np.array_equal(source.audio, truth.audio)
 
 
-def test_a_changed_world_is_noticed(monkeypatch):
-    here, log_mel = data.world(), data.log_mel
-    assert data.same_world(here) and data.same_world(data.world.__wrapped__())
-    with monkeypatch.context() as patch:
-        patch.setattr(faces, "SWAY", 1.0)
-        assert not data.same_world(data.world.__wrapped__())
-    monkeypatch.setattr(data, "log_mel", lambda audio: log_mel(audio) + 0.03)
-    assert not data.same_world(data.world.__wrapped__()) and not data.same_world(here[:-1])
-
-
 def test_hearing_reaches_back_and_ahead():
     mel = torch.arange(160.0).view(1, 160, 1).expand(-1, -1, data.MELS)
     heard, part = data.hearing(mel), data.hearing(mel, 4, 7)

@@ -2,7 +2,6 @@ import copy
 import dataclasses
 import functools
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -137,20 +136,21 @@ def test_compiled_training_is_the_same(train, stage, student_file, tmp_path, flo
     assert counter.frame_count == 1  # one graph, no break
 
 
-def stopping(progress, step, look, tell=runtime.Progress.__call__, **values):
-    """A Progress that saves every time, and stops the run after two steps."""
-    progress.saved = 0
-    tell(progress, step, look, **values)
+def stopping(cfg, stage, step, parts, save=runtime.save_resume):
+    """Stops the run after two steps."""
+    save(cfg, stage, step, parts)
     if step == 2:
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("stage", ["teacher", "init", "dmd"])
 def test_a_stopped_stage_goes_on_to_the_same_end(train, clips, stage, tmp_path, monkeypatch):
-    """Stopped first by hand, then by a loss that is not finite, which is not saved."""
+    """Stopped first by hand, then by a loss that is not finite, which is not saved. Bit for bit,
+    though no generator's state is kept: another device may go on."""
     whole = train(stage, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Progress, "__call__", stopping)
+        patch.setattr(runtime, "SAVE_SECONDS", -1)  # after every step
+        patch.setattr(runtime, "save_resume", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(stage, tmp_path / "halves")
         (path,) = (tmp_path / "halves").glob("*.pt")
@@ -159,13 +159,34 @@ def test_a_stopped_stage_goes_on_to_the_same_end(train, clips, stage, tmp_path, 
         with pytest.raises(runtime.Fail, match="step 3: not finite.*lower learning rate$"):
             train(stage, tmp_path / "halves", broken)
     assert [*(tmp_path / "halves").glob("*.pt")] == [path] and path.read_bytes() == saved
+    state = torch.load(path, weights_only=True)
+    nets = dict(teacher={"net", "muon"}, init={"net"}, dmd={"student", "critic", "critic_adam"})
+    assert set(state) == {"kind", "step", "options", "ema", "adam"} | nets[stage]
+    assert (tmp_path / "halves/curves.png").is_file()
     (tmp_path / "other").mkdir()
     shutil.copy(path, tmp_path / "other")  # of other options: not gone on with
     ends = [train(stage, tmp_path / name, edges=2.5) for name in ("other", "anew")]
     torch.testing.assert_close(*ends)
-    torch.testing.assert_close(train(stage, tmp_path / "halves"), whole)
+    assert torch.equal(train(stage, tmp_path / "halves"), whole)
     rows = [json.loads(line) for line in open(tmp_path / "halves/log.jsonl")]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_the_log_keeps_the_last_of_a_step(tmp_path):
+    rows = [dict(stage="init", step=step, loss=step) for step in (1, 2, 3)]
+    rows += [dict(stage="teacher", step=9), dict(stage="init", step=2, loss=7)]  # gone on after 1
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(1, '{"stage": "in')  # broken off
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    stages = runtime.read_log(tmp_path / "log.jsonl")
+    assert [row["loss"] for row in stages["init"]] == [1, 7] and len(stages["teacher"]) == 1
+
+
+def test_a_steps_random_numbers_are_its_own(monkeypatch):
+    seeds = [runtime.step_seed(seed, step) for seed in (0, 1) for step in (1, 2)]
+    monkeypatch.setattr(runtime, "rank", lambda: 1)
+    seeds.append(runtime.step_seed(0, 1))
+    assert len(set(seeds)) == 5 and seeds[-1] == runtime.step_seed(0, 1)
 
 
 def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
@@ -189,53 +210,80 @@ def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
     said, trained = job("--beta", ".5")
     assert not trained
     for name in stages:
-        line = f"{name}: {tmp_path}/{name}.pt, made with --beta 1.0 (--fresh makes everything anew)"
+        line = (
+            f"{name}: {tmp_path}/{name}.pt, made with --beta 20.0 (--fresh makes everything anew)"
+        )
         assert said.splitlines().count(line) == 1
-    os.utime(tmp_path / "teacher.pt")  # now, as if made anew
-    said, trained = job("--stage", "init")
-    assert trained == {"init"} and "made with" not in said
-    assert said.count(f"is older than {tmp_path}/teacher.pt: made anew") == 1
     state = torch.load(tmp_path / "init.pt", weights_only=True)
-    torch.save(state | dict(world=state["world"] + 0.1), tmp_path / "init.pt")
+    torch.save(state | dict(source_hash="another"), tmp_path / "init.pt")
     said, trained = job("--stage", "init")
-    assert trained == {"init"} and f"init: {tmp_path}/init.pt is of other drawn people" in said
-    assert job("--fresh", "--stage", "teacher")[1] == {"judge", "syncnet", "teacher"}
+    assert not trained and "made with" not in said
+    warning = "was trained on other drawn people; --fresh makes everything anew"
+    assert said.count(warning) == said.count(f"init: {tmp_path}/init.pt {warning}") == 1
+    del state["source_hash"]  # as one of before
+    torch.save(state, tmp_path / "init.pt")
+    said, trained = job("--stage", "init")
+    assert not trained and warning not in said
+    said, trained = job("--fresh", "--stage", "teacher")
+    assert trained == {"judge", "syncnet", "teacher"}
+    for name in ("init", "student"):  # which the former teacher's were
+        assert said.count(f"{name}: {tmp_path}/{name}.pt was made from the former") == 1
+        assert not (tmp_path / f"{name}.pt").exists()
     with pytest.raises(runtime.Fail, match="width is 96 there and 48 here"):
         job("--teacher", str(tmp_path / "teacher.pt"), "--width", "48", "--out", f"{tmp_path}/b")
 
 
-def test_which_results_are_taken(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "BUNDLED", tmp_path)
-    cfg, trained = dataclasses.replace(cfg, out=f"{tmp_path}/out"), []
+def test_which_results_are_taken(cfg, tmp_path, capsys):
+    weights, out, elsewhere = tmp_path / "weights", tmp_path / "out", tmp_path / "elsewhere"
+    cfg = dataclasses.replace(cfg, out=str(out), weights=str(weights))
+    other = elsewhere / "teacher.pt"
 
-    def put(path):
-        runtime.save(path, kind="dit", world=None)
+    def put(path, kind="dit"):
+        runtime.save(path, kind=kind, options=dict(beta=cfg.beta, out="before"))
 
-    def taken(name, **how):
-        def train(path):
-            trained.append(name)
-            put(path)
+    def taken(stage, bundled=False, **fields):
+        path = runtime.result(stage, dataclasses.replace(cfg, **fields), bundled)
+        said = capsys.readouterr().out
+        line = f"{stage}: {path} (--fresh makes everything anew)\n"
+        assert said == ("" if path is None else line)
+        return path
 
-        return runtime.result(name, dataclasses.replace(cfg, **how), lambda world: True, train)
-
-    bundled, other = tmp_path / "tiny/teacher.pt", tmp_path / "other.pt"
-    put(bundled)
+    runtime.free_space(out)
+    assert taken("teacher", bundled=True) is None
+    put(weights / "teacher.pt")
+    put(weights / "judge.pt", "syncnet")
     put(other)
-    runtime.free_space(cfg.out)
-    assert taken("teacher") == bundled and taken("teacher", teacher=other) == other
-    taken("init", teacher=other)
-    assert taken("init", teacher=other) == Path(cfg.out, "init.pt") and trained == ["init"]
-    os.utime(other, (2**31 - 1, 2**31 - 1))  # trained anew
-    taken("init", teacher=other)
-    taken("judge", fresh=True)  # and stopped; then without --fresh
-    assert taken("teacher") == Path(cfg.out, "teacher.pt")
-    assert trained == ["init", "init", "judge", "teacher"]
+    assert taken("teacher", bundled=True) == weights / "teacher.pt"
+    assert taken("teacher", bundled=True, weights="") is None
+    assert taken("teacher") is None and taken("init") is None
+    assert taken("judge", bundled=True, teacher=str(other)) == weights / "judge.pt"
+    put(elsewhere / "judge.pt", "syncnet")  # beside --teacher
+    assert taken("judge", bundled=True, teacher=str(other)) == elsewhere / "judge.pt"
+    assert taken("judge", bundled=True) == weights / "judge.pt"
+    for stage, kind in (("teacher", "dit"), ("judge", "syncnet")):
+        put(out / f"{stage}.pt", kind)
+        assert taken(stage, bundled=True) == out / f"{stage}.pt"
+    assert taken("judge", bundled=True, teacher=str(other)) == out / "judge.pt"
+    # --teacher before all others; else a training that was stopped goes on, and not after --fresh.
+    resume = runtime.resume_path(cfg, "teacher")
+    resume.touch()
+    assert taken("teacher", bundled=True, teacher=str(other)) == other
+    assert taken("teacher", bundled=True) is None and resume.exists()
+    assert taken("teacher", bundled=True, fresh=True) is None and not resume.exists()
+    assert taken("judge", bundled=True, fresh=True) is None
+    assert taken("teacher", bundled=True, fresh=True, teacher=str(other)) == other
+
+
+def test_the_preset_small_says_where_the_bundled_weights_are():
+    folder = runtime.options(distill.Config, ["--config=small"], "", distill.PRESETS).weights
+    assert all(Path(folder, f"{name}.pt").is_file() for name in ("judge", "syncnet", "teacher"))
+    assert runtime.options(distill.Config, [], "", distill.PRESETS).weights == ""
 
 
 @pytest.mark.parametrize("precision, close", [("bfloat16", 0.0), ("float32", 0.05)])
 def test_muon_is_torchs_in_batches(monkeypatch, precision, close):
     """Bit for bit in bf16, which torch.optim.Muon multiplies in; else within what that rounds."""
-    monkeypatch.setattr(runtime, "PRECISION", precision)
+    monkeypatch.setattr(runtime, "precision", precision)
     shapes = (24, 24), (24, 72), (24, 24), (72, 24)
     ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
     theirs = [p.detach().clone().requires_grad_() for p in ours]

@@ -64,7 +64,9 @@ sample --device abacus: --device abacus
 syncnet --video good.mp4 --weights student: a checkpoint of kind dit, where syncnet is needed
 syncnet --video short.mp4 --audio good.wav --weights expert: 8 frames with sound are too few
 data --out /dev/null/x: cannot be written
-distill --band-first 40 --band-last 20: --band_first before --band_last
+distill --band_first 40 --band_last 20: --band_first before --band_last
+distill --band-first 30: unrecognized arguments: --band-first
+distill --init_steps 0: --init_steps 0 is too small
 distill --latents 10: multiple of --chunk
 distill --start missing: no such file
 distill --folder missing: no mp4 there
@@ -101,6 +103,6 @@ def test_too_little_disk(tmp_path, monkeypatch):
 
 
 def test_a_batch_is_shared_by_all_processes(cfg, monkeypatch):
-    monkeypatch.setattr(distill, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(distill, "world_size", lambda: 2)
     with pytest.raises(runtime.Fail, match="2 processes do not share a batch of 3 or 2"):
         distill.set_up(dataclasses.replace(cfg, batch=3))

@@ -15,11 +15,12 @@ import syncnet
 
 def one_of_two(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    drawn = torch.rand(8, 3, generator=runtime.generator(0, torch.device("cpu")))
+    rng = torch.Generator().manual_seed(runtime.step_seed(seed=0, step=1))
+    drawn = torch.rand(8, 3, generator=rng)
     net = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
     net(drawn).mean().backward()
-    norm = runtime.update(net, {torch.optim.SGD(net.parameters()): 1.0})
+    norm = runtime.optimizer_step(net, {torch.optim.SGD(net.parameters()): 1.0})
     torch.manual_seed(0)
     expert = syncnet.SyncNet(syncnet.Config(size=32))
     clip = 2 * torch.rand(2, 48, 16, 24, 3) - 1, torch.randn(2, 192, data.MELS)
