@@ -214,10 +214,27 @@ def table(first, rows, columns):
         print(" |")
 
 
-def train(path, cfg, clips, steps, seed, held_out, **more):
-    """Train an expert on data.Clips and save it to `path`; print how it does on data.Pairs."""
+@torch.no_grad()
+def evaluate(net, val):
+    """How an expert does on data.Pairs: words that say how often it finds the offset, and its
+    Sync-C of the right sound and of another clip's."""
+    rectangle = mouth_rectangle(val.truth)
+    right, _, offset = score(net, rectangle, val.mel)
+    wrong, _, _ = score(net, rectangle, val.mel.roll(1, 0))
+    found = (offset.abs() <= 1).float().mean()
+    return (
+        f"held-out: offset within a frame {found:.0%}, Sync-C {right.mean():.3f}, "
+        f"wrong sound {wrong.mean():.3f}"
+    )
+
+
+def train(path, cfg, clips, steps, seed, val, **remembered):
+    """Train an expert on data.Clips and save it to `path`, with what is to be remembered of it;
+    print how it does on data.Pairs."""
+    start = time.time()
+    name = Path(path).stem
+    device = clips.video.device
     torch.manual_seed(seed)
-    device, name, start = clips.video.device, Path(path).stem, time.time()
     rng = torch.Generator(device).manual_seed(seed)
     net = SyncNet(cfg).to(device)
     drawn = clips.shape.isfinite().all()
@@ -226,6 +243,7 @@ def train(path, cfg, clips, steps, seed, held_out, **more):
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.11)
     T = min(48, clips.video.shape[1])
+    log_every = max(1, steps // 5)
     for step in range(1, steps + 1):
         video, mel, shape = clips.moments(BATCH, T, rng)
         # Another sound and light each time: timing is what counts.
@@ -241,20 +259,20 @@ def train(path, cfg, clips, steps, seed, held_out, **more):
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % max(1, steps // 5) == 0 or step == 1:
+
+        if step % log_every == 0 or step == 1:
             if not loss.isfinite():
                 raise Fail(f"{name} step {step}: not finite; is there a clip without a picture?")
-            right, _, offset = score(net, mouth_rectangle(held_out.truth), held_out.mel)
-            wrong, _, _ = score(net, mouth_rectangle(held_out.truth), held_out.mel.roll(1, 0))
-            found = (offset.abs() <= 1).float().mean()
-            words = (
-                f"{name:8} step {step:5d}/{steps} | loss {loss:.3f} | right moment {hits:.1%} | "
+            words = f"loss {loss:.3f} | right moment {hits:.1%} | {evaluate(net, val)}"
+            elapsed = time.time() - start
+            left = elapsed / step * (steps - step)
+            print(
+                f"{name:8} step {step:5d}/{steps} | {words} | {elapsed:.0f} s, {left:.0f} left",
+                flush=True,
             )
-            words += f"held-out: offset within a frame {found:.0%}, Sync-C {right.mean():.3f}, "
-            words += f"wrong sound {wrong.mean():.3f} | {time.time() - start:.0f} s"
-            print(words, flush=True)
-    fields = dict(config=dataclasses.asdict(cfg), seed=seed, steps=steps, **more)
-    runtime.save(path, net, kind="syncnet", **fields)
+    config = dataclasses.asdict(cfg)
+    runtime.save(path, net, kind="syncnet", config=config, seed=seed, steps=steps, **remembered)
+    print(f"{name}: {path}", flush=True)
 
 
 def load_syncnet(path, device="cpu"):
