@@ -1,6 +1,7 @@
 """On a GPU the numbers are those of a CPU: `pytest tests/test_device.py`. Needs no ffmpeg."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -64,3 +65,29 @@ def test_a_compiled_training_step_is_the_eager_one(tiny, cfg):
     assert all(x.isfinite().all() for x in losses + gradients)
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+
+
+def test_a_training_that_a_cpu_began_goes_on(tiny, cfg, tmp_path):
+    """Its optimizers' state, too."""
+    cfg = dataclasses.replace(cfg, out=str(tmp_path))
+
+    def make(device):
+        net = copy.deepcopy(tiny).to(device).requires_grad_(True)
+        muon = runtime.Muon([block.qkv.weight for block in net.blocks], 0.02)
+        adam = runtime.adam_w([net.head.weight, net.place], 1e-3, betas=(0.9, 0.98))
+        return dict(net=net, muon=muon, adam=adam)
+
+    def step(net, muon, adam):
+        for p in net.parameters():
+            p.grad = p.detach().cos()
+        runtime.optimizer_step(net, {muon: 0.02, adam: 1e-3})
+
+    here, there = make("cpu"), make(CUDA)
+    step(**here)
+    runtime.save_resume(cfg, "teacher", 1, here)
+    assert runtime.load_resume(cfg, "teacher", there) == 2
+    step(**here)
+    step(**there)
+    for a, b in zip(here["net"].parameters(), there["net"].parameters()):
+        torch.testing.assert_close(a, b.cpu(), atol=1e-4, rtol=0)
+    assert not torch.equal(here["net"].place.cpu(), tiny.place)
