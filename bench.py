@@ -1,23 +1,24 @@
-"""The numbers and figures of the README. The last line is one JSON object; figures in out/bench/.
+"""The numbers in the README: speed and quality. The last line of output is one JSON object.
 
 python bench.py speed --config tiny         # frames a second, time to the first one, training
 python bench.py quality --config small      # the judge's table: truth, teacher, student
 python bench.py speech --config small       # do the lips follow people's speech, and a new language
-python bench.py trajectory --config small   # what the paper saw in its teacher, in this one
-python bench.py ablate --config tiny --weights out/tiny    # the distillation, one thing changed
 python bench.py long --config small         # three minutes streamed, the last against the first
-python bench.py attention --config small    # the stream's: dense, and by kernels.py
+python bench.py attention --config small    # the stream's attention: dense, and by kernels.py
+
+The paper's figures and ablations are in analysis.py.
 """
 
 import copy
 import dataclasses
-import itertools
+import functools
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import soundfile
 import torch
@@ -35,46 +36,63 @@ from data import to_float
 from faces import FPS, SPLITS, draw, dub_pair, mouth_rectangle
 from model import load_dit
 from runtime import Fail, opt
-from sample import STEPS, dub_student, dub_teacher, tau
-from syncnet import features, frechet, load_syncnet, measures, table
+from sample import STEPS, dub_student, dub_teacher
+from syncnet import features, gaussian_distance, load_syncnet, measures, table
 from voices import RATE
 
-COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
-LABELS = dict(zip(COLUMNS, ("Sync-C", "PSNR (dB)", "landmark (%)", "gain", "sharp", "Fréchet")))
-CLIPS = dict(quality=64, speech=3, ablate=64, trajectory=12, long=4)  # people, if not --clips
+# The columns of the quality table and their digits. The first five are means over people, see
+# syncnet.measures. The last is the Fréchet distance between the dubs and the truths of all people,
+# see syncnet.frechet; a plain one grows as the number of people falls, so its bias is removed here
+# by the jackknife, see frechet_of_all. What is left may lie a little below zero.
+COLUMNS = {"sync_c": 3, "psnr": 2, "landmark": 2, "gain": 2, "sharp": 2, "frechet": 2}
+PEOPLE = {"quality": 64, "speech": 3, "long": 4}  # how many there are unless --clips is given
+RESAMPLES = 1000  # of the people, for the interval of a difference between two rows
+FRECHET_RESAMPLES = 100  # of a difference of Fréchet distances, each of which takes 7 ms
 SPEECH = Path(__file__).parent / "tests" / "speech"  # recorded sentences, which train nothing
 SOUNDS = {  # groups of ARPAbet phones
-    "bilabials": ("M", "B", "P"), "open vowels": ("AA", "AE", "AW", "AY"), "silence": ("SIL",),
-}  # fmt: skip
-LAGS = range(-8, 9)  # video frames that lips may be late
-SPEAKERS = 2500  # from here on, held-out people whom no other bench has seen
+    "bilabials": ("M", "B", "P"),
+    "open vowels": ("AA", "AE", "AW", "AY"),
+    "silence": ("SIL",),
+}
+LAGS = range(-8, 9)  # video frames by which the lips may be late
+SPEAKERS = 2500  # from this number on, held-out people whom no other bench has seen
 
 
 @dataclasses.dataclass
-class Options:
+class CommonOptions:
+    """The options that bench.py and analysis.py share."""
+
     config: str = opt("small", "preset; 1.3B: speed and attention alone", ("tiny", "small", "1.3B"))
     weights: str = opt("", "folder of teacher, student, judge; weights/CONFIG if not given")
     out: str = opt("out/bench", "folder of the figures")
     device: str = opt("", "cuda, mps or cpu; the best there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
     seed: int = opt(0, least=0)
+    clips: int = opt(0, "people; each command has its own number if not given", least=2)
+
+
+@dataclasses.dataclass
+class Options(CommonOptions):
     rounds: int = opt(5, "speed: times that each row is measured, taking turns")
-    clips: int = opt(0, "people; if not given 64, trajectory 12, long 4", least=2)
     seconds: int = opt(180, "long: of each stream", least=20)
-    only: str = opt("", "ablate: rows whose names hold one of these words, with commas between")
-    seeds: int = opt(3, "ablate: trainings of each row")
 
 
 def checkpoint(cfg, name):
-    """NAME.pt in the folder --weights. A teacher or judge that is not there is the one that the
-    student there was distilled beside: where its --teacher lies, or bundled."""
+    """The path of NAME.pt in the folder --weights. A teacher or judge that is not there is the one
+    that the student there was distilled beside: where its --teacher lies, or the bundled one."""
     bundled = runtime.BUNDLED / cfg.config
     folder = Path(cfg.weights or bundled)
-    student, places = folder / "student.pt", [folder]
+    student = folder / "student.pt"
+    folders = [folder]
     if name != "student":
-        options = runtime.load(student, "dit").get("options", {}) if student.is_file() else {}
-        places += [Path(options.get("teacher") or student).parent, bundled]
-    for path in [place / f"{name}.pt" for place in places]:
+        options = {}
+        if student.is_file():
+            options = runtime.load(student, "dit").get("options", {})
+        if options.get("teacher"):
+            folders.append(Path(options["teacher"]).parent)
+        folders.append(bundled)
+    for place in folders:
+        path = place / f"{name}.pt"
         if path.is_file():
             print(f"{name}: {path}", file=sys.stderr, flush=True)
             return path
@@ -82,112 +100,192 @@ def checkpoint(cfg, name):
 
 
 def networks(cfg, device, *names):
-    """judge, student, teacher: those of these names."""
-    found, dtype = [load_syncnet(checkpoint(cfg, "judge"), device)], runtime.fast_dtype(device)
-    return found + [load_dit(checkpoint(cfg, name), device, dtype) for name in names]
+    """The judge, then the networks of these names, "student" or "teacher"."""
+    found = [load_syncnet(checkpoint(cfg, "judge"), device)]
+    for name in names:
+        found.append(load_dit(checkpoint(cfg, name), device, runtime.fast_dtype(device)))
+    return found
 
 
-def judged(dub, pairs, judge):
-    """Means over people, and the Fréchet distance, with half their 95% intervals."""
-    row, n = {}, len(dub)
-    for key, values in measures(dub, pairs, judge).items():
-        row[key] = values.mean().item()
-        row[key + "_ci"] = 1.96 * values.std().item() / n**0.5
-    sets = [features(judge, x).unflatten(0, (n, -1)).cpu() for x in (dub, pairs.truth)]
-    some = ~torch.eye(n + 1, n, dtype=torch.bool)  # jackknife; in the last row all
-    *without, row["frechet"] = [frechet(*(x[who].flatten(0, 1) for x in sets)) for who in some]
-    row["frechet_ci"] = 1.96 * ((n - 1) * np.var(without)) ** 0.5
+def by_parts(dub, net, pairs, **options):
+    """dub(net, source, mel) of all pairs, 8 at a time to save memory, each 8 with other noise."""
+    dubs = []
+    for seed, (source, mel) in enumerate(zip(pairs.source.split(8), pairs.mel.split(8))):
+        dubs.append(dub(net, source, mel, seed=seed, **options))
+    return torch.cat(dubs)
+
+
+class Moments(NamedTuple):
+    """Sums over the frames of each person, from which the mean and the covariance of the features
+    of any choice of people follow without going over the frames again."""
+
+    frames: int  # of each person
+    sums: torch.Tensor  # (n, E) of the features
+    products: torch.Tensor  # (n, E, E) of their outer products
+
+
+class Evaluation(NamedTuple):
+    """What the judge finds in the dubs of n people."""
+
+    values: dict  # {measure: (n,) numpy}, see syncnet.measures
+    dub: Moments
+    truth: Moments
+
+
+def moments_of(seen):
+    """Features (n, T, E) of T frames of each of n people -> Moments."""
+    seen = seen.cpu().double()
+    return Moments(frames=seen.shape[1], sums=seen.sum(1), products=seen.mT @ seen)
+
+
+def mean_and_covariance(moments, weights):
+    """Of the features of all frames, if each person's are there weights (n,) times."""
+    count = moments.frames * weights.sum()
+    mean = weights @ moments.sums / count
+    products = torch.einsum("n,nef->ef", weights, moments.products)
+    return mean, (products - count * mean.outer(mean)) / (count - 1)
+
+
+def frechet_of(evaluation, weights):
+    """syncnet.frechet of dubs and truths, if each person is there weights (n,) times."""
+    dub_mean, dub_covariance = mean_and_covariance(evaluation.dub, weights)
+    truth_mean, truth_covariance = mean_and_covariance(evaluation.truth, weights)
+    return gaussian_distance(dub_mean, dub_covariance, truth_mean, truth_covariance)
+
+
+def frechet_of_all(evaluation):
+    """The Fréchet distance of all n people without its bias, and half its 95 % interval.
+
+    A distance of few people is too large: two small samples differ even where their distributions
+    are equal. The bias falls about as 1 / n, so the jackknife, which leaves out one person at a
+    time, tells how large it is: n d_all - (n - 1) mean(d_without_one). With fewer people than
+    features a part of it remains: compare only distances of the same number of people."""
+    n = len(evaluation.dub.sums)
+    everyone = torch.ones(n, dtype=torch.double)
+    distance = frechet_of(evaluation, everyone)
+    without_one = []
+    for person in range(n):
+        weights = everyone.clone()
+        weights[person] = 0
+        without_one.append(frechet_of(evaluation, weights))
+    corrected = n * distance - (n - 1) * np.mean(without_one)
+    return corrected, 1.96 * ((n - 1) * np.var(without_one)) ** 0.5
+
+
+def evaluate(dub, pairs, judge):
+    """dub (n, T, S, S, 3) uint8 of data.Pairs -> Evaluation."""
+    n = len(dub)
+    values = {}
+    for key, value in measures(dub, pairs, judge).items():
+        values[key] = value.cpu().double().numpy()
+    return Evaluation(
+        values=values,
+        dub=moments_of(features(judge, dub).unflatten(0, (n, -1))),
+        truth=moments_of(features(judge, pairs.truth).unflatten(0, (n, -1))),
+    )
+
+
+def summarize(evaluation):
+    """A row of the table: the means over people and the Fréchet distance, and under NAME_ci half
+    of their 95 % intervals."""
+    row = {}
+    for key, values in evaluation.values.items():
+        row[key] = values.mean()
+        row[key + "_ci"] = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+    row["frechet"], row["frechet_ci"] = frechet_of_all(evaluation)
     return row
 
 
-def recipe_of(config):
-    """1.3B: the shape of the paper's network, at 512 pixels; 384 tokens a latent frame (1,024)."""
-    large = dict(size=512, patch=16, width=1536, depth=30, heads=12)
-    return distill.Config(**dict(distill.PRESETS, **{"1.3B": large})[config])
+def judged(dub, pairs, judge):
+    """dub (n, T, S, S, 3) uint8 of data.Pairs -> a row of the table."""
+    return summarize(evaluate(dub, pairs, judge))
 
 
-def seconds_of(work, rounds):
-    """The mean after a warm-up; the timer waits for the device."""
-    how = dict(globals=dict(work=work), num_threads=torch.get_num_threads())
-    return Timer("work()", **how).timeit(rounds).mean
+def paired_difference(values_a, values_b, rng):
+    """The mean of a - b over people, values (n,) of the same people each -> (difference, low,
+    high), a 95 % interval by the bootstrap: people are drawn again, with replacement. What makes
+    one person harder to dub than another is in both values and cancels."""
+    differences = values_a - values_b
+    n = len(differences)
+    people = rng.integers(n, size=(RESAMPLES, n))
+    low, high = np.quantile(differences[people].mean(axis=1), [0.025, 0.975])
+    return differences.mean(), low, high
 
 
-def training(recipe, device):
-    """Seconds of a teacher step, and of a student's with its critic updates."""
-    expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
-    watch, seconds = data.held_out(1, recipe.size, "watch", device), {}
-    world = data.Clips(recipe.size, 8, device), expert, expert, watch
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = dataclasses.replace(recipe, out=folder, teacher_steps=24, dmd_steps=12)
-        switch = "on" if device.type == "cuda" else "auto"  # as if there were more steps
-        teacher = distill.train_teacher(dataclasses.replace(recipe, compile=switch), *world)
-        distill.train_dmd(recipe, teacher, teacher, *world)
-        for row in map(json.loads, open(f"{folder}/log.jsonl")):
-            seconds.setdefault(row["stage"], []).append(row["seconds"])
-    return {f"{stage}_step_s": np.median(np.diff(spent[3:])) for stage, spent in seconds.items()}
+def frechet_difference(a, b, rng):
+    """The Fréchet distance of Evaluation a less that of b -> (difference, low, high), again by
+    drawing people anew, the same for both. A resample holds some people twice, which makes its bias
+    larger; so only the spread of the resamples is used, around the difference without bias."""
+    n = len(a.dub.sums)
+    resampled = []
+    for _ in range(FRECHET_RESAMPLES):
+        times_drawn = np.bincount(rng.integers(n, size=n), minlength=n)
+        weights = torch.from_numpy(times_drawn).double()
+        resampled.append(frechet_of(a, weights) - frechet_of(b, weights))
+    low, high = np.quantile(resampled, [0.025, 0.975]) - np.mean(resampled)
+    difference = frechet_of_all(a)[0] - frechet_of_all(b)[0]
+    return difference, difference + low, difference + high
 
 
-def speed(cfg, device):
-    """The student's stream against its teacher's windows; random weights, speed is the same."""
-    recipe, dtype = recipe_of(cfg.config), runtime.fast_dtype(device)
-    net, T = model.DiT(model.network_of(recipe)).to(device, dtype).eval(), 4 * recipe.latents
-    clip = draw(SPLITS["held-out"], 2 * T, recipe.size)
-    source = clip.video[None, :T].to(device)  # as many frames as the teacher makes at once
-    mel = data.log_mel(clip.audio[: T * RATE // FPS])[None].to(device)
-
-    def teacher(guidance):
-        yield dub_teacher(net, source, mel, guidance=guidance, latents=recipe.latents)[0]
-
-    ways = dict(student=lambda: sample.stream(net, clip.video, clip.audio))
-    ways.update(teacher_guided=lambda: teacher(recipe.guidance), teacher=lambda: teacher(1.0))
-    if model.has_kernel(net):
-        fused = copy.copy(net)
-        fused.fused = True
-        # Eight times as long: until the window is full, a stream's chunks are not in the graph.
-        video, audio = clip.video.repeat(8, 1, 1, 1), np.tile(clip.audio, 8)
-        ways["student_fused"] = lambda: sample.stream(fused, clip.video, clip.audio)
-        ways["student_graph"] = lambda: sample.stream(fused, video, audio, compile=True)
-    runs, result = {name: [] for name in ways}, {}
-    for name in [*ways] * (cfg.rounds + 1):  # taking turns
-        runs[name].append(sample.clock(ways[name](), device))
-    for name, found in runs.items():
-        fps, ttff = np.array(found[1:]).T  # the first warmed up
-        row = result[name] = dict(fps=np.median(fps), least=min(fps), most=max(fps))
-        row.update(ttff_s=np.median(ttff), ms_per_chunk=4000 * recipe.chunk / row["fps"])
-    table("", result, dict(fps=1, least=1, most=1, ttff_s=4, ms_per_chunk=1))
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    peak = 2e-9 * n**3 / seconds_of(lambda: a @ b, 12)
-    ratio = result["student"]["fps"] / result["teacher_guided"]["fps"]
-    bound = 2 * STEPS / (recipe.student_steps + 1)  # by the count of passes
-    result.update(ratio=ratio, bound=bound, peak_gflops=peak)
-    return result if cfg.config == "1.3B" else result | dict(train=training(recipe, device))
+def compare(a, b, rng):
+    """Two Evaluations of the same people -> {measure: (a less b, low, high)}."""
+    differences = {}
+    for key in a.values:
+        differences[key] = paired_difference(a.values[key], b.values[key], rng)
+    differences["frechet"] = frechet_difference(a, b, rng)
+    return differences
 
 
-def by_parts(dub, net, pairs, **how):
-    """dub(net, source, mel) of all pairs, 8 at a time for memory's sake, each with own noise."""
-    parts = enumerate(zip(pairs.source.split(8), pairs.mel.split(8)))
-    return torch.cat([dub(net, *part, seed=seed, **how) for seed, part in parts])
+def beyond_chance(differences):
+    """What `compare` found whose 95 % interval does not hold zero, in words. (Of twenty measures
+    that do not differ at all, one is expected here.)"""
+    words = []
+    for key, (difference, low, high) in differences.items():
+        if low > 0 or high < 0:
+            digits = COLUMNS[key]
+            interval = f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+            words.append(f"{key} {difference:+.{digits}f} {interval}")
+    return ", ".join(words) or "nothing"
 
 
 def quality(cfg, device):
-    """The judge's table."""
+    """The judge's table, and in what the student differs from each row of the teacher."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
-    first, size = SPLITS["held-out"], student.cfg.size
-    people = range(first, first + 2 * cfg.clips, 2)
+    size = student.cfg.size
     pairs = data.held_out(cfg.clips, size, "held-out", device)
-    rows = dict(truth=judged(pairs.truth, pairs, judge))
-    # Only what no sound decides is changed: nothing that commits itself to one mouth can be closer.
-    other = [draw(i, 96, size, i + 1, None, i + 1_000_000, device).video for i in people]
-    rows["truth, other detail"] = judged(torch.stack(other), pairs, judge)
-    ways = {"teacher": (50, 1.0), "teacher_guided": (50, 1.5), "teacher, guidance 2": (50, 2.0)}
-    ways |= {"teacher, guidance 3": (50, 3.0), "teacher, 1 step": (1, 1.0)}
-    for name, (steps, scale) in ways.items():
-        dub = by_parts(dub_teacher, teacher, pairs, steps=steps, guidance=scale)
-        rows[name] = judged(dub, pairs, judge)
-    rows["student"] = judged(by_parts(dub_student, student, pairs), pairs, judge)
+    found = {"truth": evaluate(pairs.truth, pairs, judge)}
+
+    # The truth with only that changed which no sound decides: the teeth that show, say. A dub that
+    # commits itself to one mouth cannot be closer to the truth than this is.
+    other_detail = []
+    for i in range(cfg.clips):
+        seed = SPLITS["held-out"] + 2 * i  # as dub_pair numbers people and words
+        detail = seed + 1_000_000
+        clip = draw(seed, 96, size, text=seed + 1, detail=detail, device=device)
+        other_detail.append(clip.video)
+    found["truth, other detail"] = evaluate(torch.stack(other_detail), pairs, judge)
+
+    teacher_rows = {  # name -> steps, guidance
+        "teacher": (50, 1.0),
+        "teacher_guided": (50, 1.5),
+        "teacher, guidance 2": (50, 2.0),
+        "teacher, guidance 3": (50, 3.0),
+        "teacher, 1 step": (1, 1.0),
+    }
+    for name, (steps, guidance) in teacher_rows.items():
+        dub = by_parts(dub_teacher, teacher, pairs, steps=steps, guidance=guidance)
+        found[name] = evaluate(dub, pairs, judge)
+    found["student"] = evaluate(by_parts(dub_student, student, pairs), pairs, judge)
+
+    rows = {name: summarize(evaluation) for name, evaluation in found.items()}
     table("dub", rows, COLUMNS)
-    return dict(rows=rows, all=rows, ceiling=rows["truth, other detail"])
+    print("\nThe student minus a row, what is beyond chance (95 %, paired bootstrap over people):")
+    rng = np.random.default_rng(cfg.seed)
+    differences = {}
+    for name in teacher_rows:
+        differences[name] = compare(found["student"], found[name], rng)
+        print(f"- {name}: {beyond_chance(differences[name])}")
+    return {"rows": rows, "ceiling": rows["truth, other detail"], "student_minus": differences}
 
 
 def recorded_sentences():
@@ -217,7 +315,8 @@ def openings_by_sound(opening, phones):
 
 def follow(opening, asked):
     """Correlation of two tracks (T,) at each of LAGS, those of `opening` being so late -> (17,)."""
-    T, correlations = len(asked), []
+    T = len(asked)
+    correlations = []
     for lag in LAGS:
         early = asked[max(0, -lag) : T - max(0, lag)]
         late = opening[max(0, lag) : T - max(0, -lag)]
@@ -230,7 +329,7 @@ def best_lag(curves):
     (positive: the lips are late), and the one at lag 0."""
     curve = np.mean(curves, axis=0)
     best = curve.argmax()
-    return dict(correlation=curve[best], lag=LAGS[best], at_0=curve[LAGS.index(0)])
+    return {"correlation": curve[best], "lag": LAGS[best], "at_0": curve[LAGS.index(0)]}
 
 
 @torch.no_grad()
@@ -241,286 +340,285 @@ def mouth_opening(judge, video):
     return mouth[0, :, 0].double().cpu().numpy()
 
 
-def speech(cfg, device):
-    """Does the mouth open as the phones ask for? Drawn people dubbed with a person's recorded
-    sentences; and with drawn voices, of the training's languages and of one that it never heard."""
-    judge, student = networks(cfg, device, "student")
+def read_openings(judge, student, source, truth):
+    """What the judge reads: {"drawn lips": the truth's opening (T,), "student": its dub's}."""
+    dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
+    device = next(student.parameters()).device
+    return {
+        "drawn lips": mouth_opening(judge, truth.video.to(device)),
+        "student": mouth_opening(judge, dub.to(device)),
+    }
+
+
+def follow_a_reader(people, judge, student):
+    """Drawn people dubbed with a person's recorded sentences -> the rows of a table."""
     size = student.cfg.size
-
-    def videos_of(source, truth):
-        dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
-        return {"drawn lips": truth.video.to(device), "student": dub.to(device)}
-
-    rows = {}
     curves = {"drawn lips": [], "student": []}
     sounds = {name: {group: [] for group in SOUNDS} for name in curves}
-    for i in range(cfg.clips):
+    for i in range(people):
         person = SPLITS["held-out"] + 2 * (SPEAKERS + i)
         for audio, lips, phones in recorded_sentences():
             T = len(audio) * FPS // RATE
             source = draw(person, T, size)
             truth = draw(person, T, size, speech=(audio, lips))
-            for name, video in videos_of(source, truth).items():
-                opening = mouth_opening(judge, video)
+            for name, opening in read_openings(judge, student, source, truth).items():
                 curves[name].append(follow(opening, truth.mouth[:, 0]))
-                for group, found in openings_by_sound(opening, phones).items():
-                    sounds[name][group] += found
+                for group, values in openings_by_sound(opening, phones).items():
+                    sounds[name][group] += values
+    rows = {}
     for name in curves:
-        opening = {group: 100 * np.mean(found) for group, found in sounds[name].items()}
-        rows[name] = best_lag(curves[name]) | opening
-    columns = dict(correlation=2, lag=0, at_0=2) | dict.fromkeys(SOUNDS, 1)
-    table(f"a recorded reader, {cfg.clips} people; opening in % of the side", rows, columns)
+        rows[name] = best_lag(curves[name])
+        for group, values in sounds[name].items():
+            rows[name][group] = 100 * np.mean(values)
+    return rows
 
-    languages = {}
+
+def follow_languages(people, judge, student):
+    """Drawn people dubbed with drawn voices -> the rows of a table."""
+    rows = {}
     for title, language in (("the training's", None), ("never heard", voices.UNHEARD)):
         curves = {"drawn lips": [], "student": []}
-        for i in range(4 * cfg.clips):
-            source, truth = dub_pair(SPEAKERS + i, 96, size, language=language)
-            for name, video in videos_of(source, truth).items():
-                opening = mouth_opening(judge, video)
+        for i in range(people):
+            source, truth = dub_pair(SPEAKERS + i, 96, student.cfg.size, language=language)
+            for name, opening in read_openings(judge, student, source, truth).items():
                 curves[name].append(follow(opening, truth.mouth[:, 0]))
         for name in curves:
-            languages[f"{title}, {name}"] = best_lag(curves[name])
-    table(f"languages, {4 * cfg.clips} people", languages, dict(correlation=2, lag=0, at_0=2))
-    return dict(rows=rows, languages=languages)
+            rows[f"{title}, {name}"] = best_lag(curves[name])
+    return rows
 
 
-LANDINGS = range(5, 50, 5)  # j at which a second step may begin
-MOUTHS = {("guidance 1", j): f"step {j + 1} of 50" for j in (0, 4, 19, 49)}  # to look at
-MOUTHS |= {("student", 1): "student, 1st guess", ("student", 2): "2nd", ("truth", 0): "truth"}
-
-
-@torch.no_grad()
-def looked_at(teacher, student, pairs, s, band, latents=12):
-    """Yields (line, x), frames: the teacher's guesses along 50 steps, and where they end, and two;
-    the student's; the truth. Windows are dub_teacher's."""
-    starts = range(0, pairs.source.shape[1] // 4, latents)
-    conds = [sample.embed_clip(teacher, pairs.source, pairs.mel, i, i + latents) for i in starts]
-    cond = model.Cond(*(torch.cat(windows) for windows in zip(*conds)))
-    noise = sample.seeded(0)(cond.known)
-
-    def guess(x_t, j, guidance):
-        with runtime.mixed(teacher):
-            return sample.guided(teacher, x_t, tau(j), cond, guidance).float()
-
-    def frames(x0):
-        return sample.to_frames(teacher, torch.cat(x0.chunk(len(starts)), 1), pairs.source)
-
-    fixed, band_only = "50 steps: 1, 1.5, 2, 3, 4.5", f"50 steps: {s:g} in the band, else 1"
-    ways = {(fixed, scale): [scale] * STEPS for scale in (1.0, 1.5, 2.0, 3.0, 4.5)}
-    ways[band_only, s] = [s if j in band else 1.0 for j in range(STEPS)]
-    for way, scales in ways.items():
-        x_t = noise
-        for j, scale in enumerate(scales):
-            x0 = guess(x_t, j, scale)
-            if way in ((fixed, 1.0), (fixed, s)):
-                yield (f"guidance {scale:g}", j), frames(x0)
-            x_t = x_t + (tau(j + 1) - tau(j)) * sample.to_velocity(x_t, x0, tau(j))
-        yield way, frames(x0)
-    for s0 in (1.0, s):
-        first = guess(noise, 0, s0)  # one for all landings
-        for s1, j in itertools.product((1.0, s), LANDINGS):
-            x_t = sample.add_noise(first, noise, tau(j))  # a long Euler step
-            yield (f"{s0:g}, then {s1:g}", j), frames(guess(x_t, j, s1))
-    for i, calls in enumerate((1, student.cfg.student_steps), 1):
-        net = copy.copy(student)
-        net.cfg = dataclasses.replace(student.cfg, student_steps=calls)
-        yield ("student", i), by_parts(dub_student, net, pairs)
-    yield ("truth", 0), pairs.truth
-
-
-def worth(sync, distance):
-    """Sync-C less Fréchet distance, each as a share of its range along the curve."""
-    return np.divide(sync, np.ptp(sync) or 1) - np.divide(distance, np.ptp(distance) or 1)
-
-
-def recommend(plain, guided, two):
-    """The rule, of curves {measure: values}: of guided less plain, the run of steps whose worth is
-    above its mean by most in all; of two steps, the landing of the highest worth."""
-    gain = worth(*(np.subtract(guided[key], plain[key]) for key in ("sync_c", "frechet")))
-    so_far = np.append(0, (gain - gain.mean()).cumsum())
-    runs = itertools.combinations(range(len(so_far)), 2)
-    first, end = max(runs, key=lambda run: so_far[run[1]] - so_far[run[0]])
-    landing = two["x"][worth(two["sync_c"], two["frechet"]).argmax()]
-    return dict(band_first=first, band_last=end - 1, landing=landing)
-
-
-def panels(path, caption, lines, axes, *marks):
-    """Save a figure of `lines`, {name: {measure: values}}: a panel for each (x, y) of `axes`, y a
-    measure with its standard error, x another one or what to call the x of the lines."""
-    down = -(-len(axes) // 3)
-    figure, grid = plt.subplots(down, 3, figsize=(13, 3.2 * down + 0.9), layout="constrained")
-    for panel, (x, y) in zip(grid.flat, axes):
-        panel.set(xlabel=LABELS.get(x, x), ylabel=LABELS[y])
-        for span in marks:
-            panel.axvspan(*span, color="0.9")
-        for name, line in lines.items():
-            along, mean = line[x if x in LABELS else "x"], np.array(line[y])
-            error = np.array(line[y + "_ci"]) / 1.96
-            color = panel.plot(along, mean, ".-", label=name)[0].get_color()
-            panel.vlines(along, mean - error, mean + error, color, alpha=0.2, lw=4)
-        panel.legend(fontsize="small")
-    figure.suptitle(caption, fontsize="medium")
-    figure.savefig(path, dpi=80)
-
-
-def figures(path, rows, s, people):
-    """The paper's figures as curves -> what this teacher recommends."""
-    along = {name: rows[name] for name in ("guidance 1", f"guidance {s:g}")}
-    two = {name: line for name, line in rows.items() if "then" in name}
-    first, last, landing = (advice := recommend(*along.values(), two[f"1, then {s:g}"])).values()
-    rule = "Sync-C less Fréchet distance, each as a share of its range"
-    axes = [("step j (0 noise, 50 clean)", key) for key in COLUMNS]
-    caption = f"What guidance {s:g} buys and costs: the guess of x0 at each of 50 steps. {people}\n"
-    caption += f"Grey, j = {first} to {last}, the band recommended: the steps where {rule},\n"
-    caption += "guided minus unguided, exceeds its mean by most in all."
-    panels(f"{path}-guidance.png", caption, along, axes, (first, last))
-    axes = [("j at which the second step begins", key) for key in ("sync_c", "frechet", "psnr")]
-    caption = f"Two Euler steps from noise: guided where, landing where? {people}\nGrey line, j ="
-    caption += f" {landing}, the landing recommended: most {rule}, if guided in the second alone."
-    panels(f"{path}-two-steps.png", caption, two, axes, (landing, landing))
-    axes = [(key, "sync_c") for key in ("frechet", "landmark", "sharp")]
-    lines = {name: rows[name] for name in rows if name.startswith(("50", "student", "truth"))}
-    i, line = LANDINGS.index(landing), two[f"1, then {s:g}"]
-    lines[f"2 steps: 1, then {s:g} at j = {landing}"] = {key: [x[i]] for key, x in line.items()}
-    panels(f"{path}-ends.png", f"Fixed guidance against schedules. {people}", lines, axes)
-    return advice
-
-
-def trajectory(cfg, device):
-    """What the paper saw in its teacher (its figures 2, 3, 4, 7 to 9), and what it recommends."""
-    judge, student, teacher = networks(cfg, device, "student", "teacher")
-    recipe, rows, mouths = distill.Config(**distill.PRESETS[cfg.config]), {}, {}
-    s, band = 2.0, range(recipe.band_first, recipe.band_last + 1)
-    pairs = data.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
-    moments = pairs.mouth[:3, :, 0].argmax(1)
-    for (line, x), frames in looked_at(teacher, student, pairs, s, band):
-        row = dict(judged(frames, pairs, judge), x=x)
-        print(f"{line}, {x:g}: Sync-C {row['sync_c']:.3f}", file=sys.stderr, flush=True)
-        for key, value in row.items():
-            rows.setdefault(line, {}).setdefault(key, []).append(value)
-        if (line, x) in MOUTHS:
-            three = mouth_rectangle(frames)[range(len(moments)), moments]
-            three = three.flatten(0, 1).cpu().numpy()
-            mouths[f"{MOUTHS[line, x]}\nsharp {row['sharp']:.2f}"] = three
-    path = f"{cfg.out}/trajectory-{cfg.config}"
-    people = f"{cfg.clips} held-out people"
-    advice = figures(path, rows, s, f"{people}; bars: one standard error.")
-    figure, axes = plt.subplots(1, len(mouths), figsize=(14, 4.6), layout="constrained")
-    for axis, title in zip(axes, mouths):
-        axis.imshow(mouths[title])
-        axis.set(xticks=[], yticks=[], title=title)
-    middles = (np.arange(len(moments)) + 0.5) * len(three) / len(moments)
-    axes[0].set_yticks(middles, [f"person {i + 1}" for i in range(len(moments))])
-    figure.supxlabel(f"The moment when the truth opens widest. Sharp: mean of {people}.")
-    figure.savefig(f"{path}-mouths.png", dpi=90)
-    print("Recommended:", *(f"--{key} {j}" for key, j in advice.items()))
-    return dict(recommended=advice, rows=rows)
-
-
-VARIANTS = {  # and the paper's Sync-C and FVD
-    "init alone": dict(stage="init"), "as it is (paper: 6.88, 119)": {},
-    "never guided (paper: 6.14, 121)": dict(sync_window="off"),
-    "guided everywhere (paper: 7.13, 138)": dict(sync_window="all"),
-    "window reversed (paper: 6.98, 127)": dict(sync_window="reversed"),
-    "no reward (paper: 6.81, 120)": dict(beta=0.0), "beta 2 (paper's)": dict(beta=2.0),
-    "no view": dict(view=0.0, dmd_view=0.0), "1 critic update": dict(critic_updates=1),
-    "landing 20": dict(landing=20), "landing 30 (paper's)": dict(landing=30),
-    "1 step": dict(student_steps=1), "4 steps": dict(student_steps=4),
-}  # fmt: skip
-
-
-def ablate(cfg, device):
-    """The distillation with one thing changed at a time, each from the same teacher and with the
-    same budget, then the judge. What is there, in its folder, is not trained again."""
-    wanted = [name for name in VARIANTS if any(w.strip() in name for w in cfg.only.split(","))]
-    if not wanted:
-        raise Fail(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
-    teacher, (judge,) = checkpoint(cfg, "teacher"), networks(cfg, device)
-    pairs, rows = data.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device), []
-    for seed, name in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), wanted):
-        out = f"{cfg.out}/ablate-{cfg.config}/{name.split(' (')[0].replace(' ', '-')}-{seed}"
-        how = dict(config=cfg.config, teacher=teacher, seed=seed, out=out, device=device)
-        distill.main([f"--{key}={value}" for key, value in (how | VARIANTS[name]).items()])
-        made = f"{out}/{VARIANTS[name].get('stage', 'student')}.pt"
-        net = load_dit(made, device, runtime.fast_dtype(device))
-        row = judged(by_parts(dub_student, net, pairs), pairs, judge)
-        rows.append(dict(row, name=name, seed=seed))
-    shown = {name: {} for name in wanted}
-    for name, key in itertools.product(wanted, COLUMNS):
-        values = [row[key] for row in rows if row["name"] == name]
-        shown[name][key], shown[name][key + "_ci"] = np.mean(values), np.ptp(values) / 2
-    table(f"mean ± half the range of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
-    return dict(rows=rows)
+def speech(cfg, device):
+    """Does the mouth open as the phones ask for? For a person's recorded sentences, and for eSpeak
+    in the languages of the training and in one that the student never heard."""
+    judge, student = networks(cfg, device, "student")
+    digits = {"correlation": 2, "lag": 0, "at_0": 2}
+    rows = follow_a_reader(cfg.clips, judge, student)
+    title = f"a recorded reader, {cfg.clips} people; opening in % of the side"
+    table(title, rows, digits | dict.fromkeys(SOUNDS, 1))
+    languages = follow_languages(4 * cfg.clips, judge, student)
+    table(f"languages, {4 * cfg.clips} people", languages, digits)
+    return {"rows": rows, "languages": languages}
 
 
 def long(cfg, device):
-    """Is a stream's last minute as good as its first? In clips of ten seconds."""
+    """Is a stream's last minute as good as its first? Both are judged in pieces of ten seconds.
+    (The pieces of one person count as if they were of several: the intervals are a bit narrow.)"""
     judge, student = networks(cfg, device, "student")
-    tens, found, rows = cfg.seconds // 10, [], {}
-    minute = min(6, tens // 2)
+    pieces = cfg.seconds // 10
+    minute = min(6, pieces // 2)
+    ends = {"first": slice(0, minute), "last": slice(pieces - minute, pieces)}
+    pairs = {end: [] for end in ends}  # of each person
+    dubs = {end: [] for end in ends}
     for i in range(cfg.clips):
-        source, truth = dub_pair(i, 10 * tens * FPS, student.cfg.size)
+        source, truth = dub_pair(i, 10 * pieces * FPS, student.cfg.size)
         dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
-        mel, shape = data.log_mel(truth.audio), torch.from_numpy(truth.mouth)
-        clips = [x.unflatten(0, (tens, -1)) for x in (source.video, truth.video, mel, shape, dub)]
-        found.append([(x[:minute], x[-minute:]) for x in clips])
-    for end, name in enumerate(("first", "last")):
-        *pairs, dub = (torch.cat([x[end] for x in many]).to(device) for many in zip(*found))
-        pairs = data.Pairs(*pairs)
-        rows[f"truth, {name}"] = judged(pairs.truth, pairs, judge)
-        rows[f"student, {name}"] = judged(dub, pairs, judge)
+        mel = data.log_mel(truth.audio)
+        mouth = torch.from_numpy(truth.mouth)
+        stream = data.Pairs(source.video, truth.video, mel, mouth)
+        for end, where in ends.items():
+            pairs[end].append([track.unflatten(0, (pieces, -1))[where] for track in stream])
+            dubs[end].append(dub.unflatten(0, (pieces, -1))[where])
+
+    rows = {}
+    for end in ends:
+        # From a list of people, each with all fields of Pairs, to fields with all people.
+        everyone = data.Pairs(*(torch.cat(field).to(device) for field in zip(*pairs[end])))
+        rows[f"truth, {end}"] = judged(everyone.truth, everyone, judge)
+        rows[f"student, {end}"] = judged(torch.cat(dubs[end]).to(device), everyone, judge)
     table("minute", rows, COLUMNS)
-    return dict(first=rows["student, first"], last=rows["student, last"], rows=rows)
+    return {"first": rows["student, first"], "last": rows["student, last"], "rows": rows}
+
+
+def recipe_of(config):
+    """The distill.Config of a preset. 1.3B: the shape of the paper's network, at 512 pixels; 384
+    tokens a latent frame, where the paper has 1,024."""
+    if config == "1.3B":
+        return distill.Config(size=512, patch=16, width=1536, depth=30, heads=12)
+    return distill.Config(**distill.PRESETS[config])
+
+
+def mean_seconds(work, rounds):
+    """The mean time of work(), after a warm-up; the timer waits for the device."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.timeit(rounds).mean
+
+
+def training(recipe, device):
+    """Seconds of a teacher step, and of a student's with its critic updates."""
+    expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
+    watch = data.held_out(1, recipe.size, "watch", device)
+    clips = data.Clips(recipe.size, 8, device)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = dataclasses.replace(recipe, out=folder, teacher_steps=24, dmd_steps=12)
+        # On a GPU a stage of thousands of steps is compiled, so these few are, too.
+        switch = "on" if device.type == "cuda" else "auto"
+        teacher_recipe = dataclasses.replace(recipe, compile=switch)
+        teacher = distill.train_teacher(teacher_recipe, clips, expert, expert, watch)
+        distill.train_dmd(recipe, teacher, teacher, clips, expert, expert, watch)
+        lines = Path(folder, "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    result = {}
+    for stage in ("teacher", "student"):
+        seconds = [row["seconds"] for row in rows if row["stage"] == stage]
+        result[f"{stage}_step_s"] = np.median(np.diff(seconds[3:]))  # the first ones warm up
+    return result
+
+
+def speed(cfg, device):
+    """The student's stream against its teacher's windows, with random weights, which are as fast as
+    trained ones."""
+    recipe = recipe_of(cfg.config)
+    dtype = runtime.fast_dtype(device)
+    net = model.DiT(model.network_of(recipe)).to(device, dtype).eval()
+    frames = 4 * recipe.latents  # that the teacher makes at once
+    clip = draw(SPLITS["held-out"], 2 * frames, recipe.size)
+    source = clip.video[None, :frames].to(device)
+    mel = data.log_mel(clip.audio[: frames * RATE // FPS])[None].to(device)
+
+    def teacher_windows(guidance):
+        yield dub_teacher(net, source, mel, guidance=guidance, latents=recipe.latents)[0]
+
+    ways = {
+        "student": functools.partial(sample.stream, net, clip.video, clip.audio),
+        "teacher_guided": functools.partial(teacher_windows, recipe.guidance),
+        "teacher": functools.partial(teacher_windows, 1.0),
+    }
+    if model.has_kernel(net):
+        fused = copy.copy(net)
+        fused.fused = True
+        ways["student_fused"] = functools.partial(sample.stream, fused, clip.video, clip.audio)
+        # Eight times as long: until the window is full, a stream's chunks are not in the graph.
+        video = clip.video.repeat(8, 1, 1, 1)
+        audio = np.tile(clip.audio, 8)
+        ways["student_graph"] = functools.partial(sample.stream, fused, video, audio, compile=True)
+
+    runs = {name: [] for name in ways}
+    for _ in range(cfg.rounds + 1):
+        for name, way in ways.items():  # taking turns, since a machine's pace changes with time
+            runs[name].append(sample.clock(way(), device))
+    result = {}
+    for name, run in runs.items():
+        fps, ttff = np.array(run[1:]).T  # the first run warmed up
+        result[name] = {
+            "fps": np.median(fps),
+            "least": fps.min(),
+            "most": fps.max(),
+            "ttff_s": np.median(ttff),
+            "ms_per_chunk": 4000 * recipe.chunk / np.median(fps),
+        }
+    table("", result, {"fps": 1, "least": 1, "most": 1, "ttff_s": 4, "ms_per_chunk": 1})
+
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    result["peak_gflops"] = 2e-9 * n**3 / mean_seconds(functools.partial(torch.matmul, a, b), 12)
+    result["ratio"] = result["student"]["fps"] / result["teacher_guided"]["fps"]
+    # By the count of passes: the guided teacher makes two a step, the student one a call and one
+    # for the cache.
+    result["bound"] = 2 * STEPS / (recipe.student_steps + 1)
+    if cfg.config != "1.3B":
+        result["train"] = training(recipe, device)
+    return result
 
 
 @torch.no_grad()
 def attention(cfg, device):
     """One block's attention in one pass of the stream, the window full, QK-norm and RoPE included:
     dense (gather, turn, attend), flex_attention with a mask of the window, and kernels.py."""
-    recipe, dtype = recipe_of(cfg.config), runtime.fast_dtype(device)
+    recipe = recipe_of(cfg.config)
+    dtype = runtime.fast_dtype(device)
     c = dataclasses.replace(model.network_of(recipe), depth=1)
-    net, N = model.DiT(c).to(device, dtype), model.n_tokens(c)
-    cache, block = model.Cache(net, 1), net.blocks[0]
-    cache.frames = list(range(c.sink + c.window - c.chunk))
-    held, places = len(cache.frames), c.sink + c.window
+    net = model.DiT(c).to(device, dtype)
+    block = net.blocks[0]
+    cache = model.Cache(net, 1)
+    held = c.sink + c.window - c.chunk  # latent frames in the cache
+    places = c.sink + c.window  # and with the chunk's own
+    cache.frames = list(range(held))
+    N = model.n_tokens(c)
     qkv = torch.randn(1, c.chunk * N, 3, c.heads, c.width // c.heads, device=device, dtype=dtype)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    how = dict(rope=net.rope, cfg=c, causal=False, cache=cache, layer=0, store=False)
-    how.update(q_scale=block.q_scale, k_scale=block.k_scale)
+
+    def stream_attention(fused):
+        return model.attention(
+            q,
+            k,
+            v,
+            q_scale=block.q_scale,
+            k_scale=block.k_scale,
+            rope=net.rope,
+            cfg=c,
+            causal=False,
+            cache=cache,
+            fused=fused,
+            layer=0,
+            store=False,
+        )
+
+    def in_window(batch, head, query, key):
+        return key < places * N
 
     def flexible():
         cache.store(model.qk_norm(k, block.k_scale), v, 0)
-        turned = model.rotate(model.qk_norm(q, block.q_scale), net.rope[held:places])
-        kept = cache.kv[0].flatten(3, 4)
-        return flex(turned, model.rotate(kept[0], net.rope[:places]), kept[1], block_mask=seen)
+        keys, values = cache.kv[0].flatten(3, 4)
+        keys = model.rotate(keys, net.rope[:places])
+        queries = model.rotate(model.qk_norm(q, block.q_scale), net.rope[held:places])
+        return compiled(queries, keys, values, block_mask=mask)
 
-    ways = dict(dense=lambda: model.attention(q, k, v, fused=False, **how))
+    ways = {"dense": functools.partial(stream_attention, fused=False)}
     if model.has_kernel(net):
-        flex, n = torch.compile(flex_attention), places * N
-        seen = create_block_mask(lambda b, h, i, j: j < n, None, None, c.chunk * N, n, device)
+        compiled = torch.compile(flex_attention)
+        mask = create_block_mask(in_window, None, None, c.chunk * N, places * N, device)
         ways["flex_attention"] = flexible
-        ways["kernels.py"] = lambda: model.attention(q, k, v, fused=True, **how)
-    spent = {name: 1000 * seconds_of(way, 20 * cfg.rounds) for name, way in ways.items()}
-    table("ms", rows := {cfg.config: spent}, dict.fromkeys(ways, 3))
-    return dict(rows=rows)
+        ways["kernels.py"] = functools.partial(stream_attention, fused=True)
+    times = {}
+    for name, way in ways.items():
+        times[name] = 1000 * mean_seconds(way, 20 * cfg.rounds)
+    rows = {cfg.config: times}
+    table("ms", rows, dict.fromkeys(ways, 3))
+    return {"rows": rows}
 
 
-def main(argv):
-    benches = (speed, quality, speech, trajectory, ablate, long, attention)
-    benches = {function.__name__: function for function in benches}
+def json_ready(value):
+    """Plain Python values: JSON knows neither numpy's numbers nor NaN, which becomes null."""
+    if isinstance(value, dict):
+        return {key: json_ready(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def run_command(argv, commands, options, people, usage):
+    """Run the first word of argv, one of `commands`, as function(cfg, device), and print the dict
+    that it returns as JSON. `options`: a dataclass; `people`: {command: --clips if not given}."""
     if not argv or argv[0] in ("-h", "--help"):
-        return print(__doc__)
-    if argv[0] not in benches:
-        raise Fail(f"{argv[0]}: no such bench; one of {', '.join(benches)}")
-    cfg = runtime.options(Options, argv[1:], __doc__)
-    cfg.clips = cfg.clips or CLIPS.get(argv[0], 0)
+        print(usage)
+        return
+    if argv[0] not in commands:
+        raise Fail(f"{argv[0]}: no such command; one of {', '.join(commands)}")
+    cfg = runtime.options(options, argv[1:], usage)
+    cfg.clips = cfg.clips or people.get(argv[0], 0)
     runtime.free_space(cfg.out)
     runtime.keep_memory()
     torch.manual_seed(cfg.seed)
     device = runtime.find_device(cfg.device, cfg.precision)
-    about = dict(vars(cfg), bench=argv[0], device=str(device), threads=torch.get_num_threads())
-    print(json.dumps(about | benches[argv[0]](cfg, device)))
+    about = {"bench": argv[0], "device": str(device), "threads": torch.get_num_threads()}
+    result = commands[argv[0]](cfg, device)
+    print(json.dumps(json_ready(vars(cfg) | about | result), allow_nan=False))
+
+
+def main(argv):
+    commands = {
+        "speed": speed,
+        "quality": quality,
+        "speech": speech,
+        "long": long,
+        "attention": attention,
+    }
+    run_command(argv, commands, Options, PEOPLE, __doc__)
 
 
 if __name__ == "__main__":

@@ -186,15 +186,20 @@ def features(judge, dub):
     return torch.cat(seen, 1)[0]
 
 
-def frechet(a, b):
-    """Frechet distance of two sets of features (n, E), as FID is: |m - m'|^2 + tr(C + C' -
-    2 (C C')^1/2). What distribution matching is for: exaggeration is far, and so is an average of
-    mouths. (A plain blur is not: the truth, blurred to sharp .45: .03.)"""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    apart = (a.mean(0) - b.mean(0)).square().sum()
+def gaussian_distance(mean_a, cov_a, mean_b, cov_b):
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2): how far two Gaussians are apart, as in FID."""
+    apart = (mean_a - mean_b).square().sum()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     return (apart + cov_a.trace() + cov_b.trace() - 2 * root).item()
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (n, E), as FID is. What distribution matching is
+    for: exaggeration is far, and so is an average of mouths. (A plain blur is not: the truth,
+    blurred to sharp .45: .03.) The fewer people, the larger it is: bench.py corrects for that."""
+    a = a.double()
+    b = b.double()
+    return gaussian_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
 
 
 def means(dub, pairs, judge):
@@ -210,7 +215,8 @@ def table(first, rows, columns):
         print(f"| {name}", end="")
         for key, digits in columns.items():
             error = f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
-            print(f" | {row[key]:.{digits}f}{error}", end="")
+            value = round(row[key], digits) + 0.0  # + 0.0, since -0.00 is no number to read
+            print(f" | {value:.{digits}f}{error}", end="")
         print(" |")
 
 

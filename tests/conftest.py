@@ -1,7 +1,9 @@
 """Shared pieces: a real tiny network, a few drawn clips, a small expert. Everything runs on a CPU:
 layers in float32, whole jobs in what the CPU multiplies fastest (PRECISION=float32 pytest: all)."""
 
+import json
 import os
+import shutil
 import sys
 
 if not any("test_device" in word for word in sys.argv):  # the only one for GPUs
@@ -11,6 +13,8 @@ if not any("test_device" in word for word in sys.argv):  # the only one for GPUs
 import pytest
 import torch
 
+import analysis
+import bench
 import data
 import distill
 import model
@@ -97,3 +101,28 @@ def parts(tiny):
         return torch.randn_like(cond.known), cond
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path, tiny, expert_file, capsys, cfg, monkeypatch):
+    """run("speed") -> the JSON object at the end of a command of bench.py or analysis.py, of
+    networks that have learned nothing."""
+    for name in ("teacher", "student"):
+        model.save_dit(tmp_path / f"{name}.pt", tiny, name)
+    for name in ("judge", "syncnet"):
+        shutil.copy(expert_file, tmp_path / f"{name}.pt")
+    few = ("clips", "latents", "batch", "init_steps", "dmd_steps", "dmd_batch", "critic_updates")
+    few = {name: getattr(cfg, name) for name in few}
+    monkeypatch.setitem(distill.PRESETS, "tiny", distill.PRESETS["tiny"] | few)
+    monkeypatch.setattr(distill, "TABLE_CLIPS", 2)
+
+    def result(name, *more):
+        where = [f"--weights={tmp_path}", f"--out={tmp_path}/out", "--config=tiny"]
+        main = analysis.main if name in ("trajectory", "ablate") else bench.main
+        main([name, *where, "--clips=2", *more])
+        last = capsys.readouterr().out.splitlines()[-1]
+        found = json.loads(last, parse_constant=pytest.fail)  # which a NaN would be
+        assert found["bench"] == name and found["config"] == "tiny" and found["device"] == "cpu"
+        return found
+
+    return result

@@ -1,46 +1,19 @@
-import functools
-import json
-import shutil
-
+import numpy as np
 import pytest
 import torch
 
 import bench
-import data
-import distill
 import model
 import runtime
-import sample
+import syncnet
 
 ENDS = "first", "last"
 
 
-@pytest.fixture
-def run(tmp_path, tiny, expert_file, capsys, cfg, monkeypatch):
-    """run("speed") -> the JSON object at the end, of networks that have learned nothing."""
-    for name in ("teacher", "student"):
-        model.save_dit(tmp_path / f"{name}.pt", tiny, name)
-    for name in ("judge", "syncnet"):
-        shutil.copy(expert_file, tmp_path / f"{name}.pt")
-    few = ("clips", "latents", "batch", "init_steps", "dmd_steps", "dmd_batch", "critic_updates")
-    few = {name: getattr(cfg, name) for name in few}
-    monkeypatch.setitem(distill.PRESETS, "tiny", distill.PRESETS["tiny"] | few)
-    monkeypatch.setattr(distill, "TABLE_CLIPS", 2)
-
-    def result(name, *more):
-        where = [f"--weights={tmp_path}", f"--out={tmp_path}/out", "--config=tiny"]
-        bench.main([name, *where, "--clips=2", "--rounds=1", *more])
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert found["bench"] == name and found["config"] == "tiny" and found["device"] == "cpu"
-        return found
-
-    return result
-
-
 def test_speed_and_attention_end_in_json(run):
-    (row,) = run("attention")["rows"].values()
+    (row,) = run("attention", "--rounds=1")["rows"].values()
     assert set(row) == {"dense"} and row["dense"] > 0  # the others need a GPU
-    found = run("speed")
+    found = run("speed", "--rounds=1")
     assert found["bound"] == pytest.approx(100 / 3) and found["peak_gflops"] > 0
     assert found["ratio"] == found["student"]["fps"] / found["teacher_guided"]["fps"] > 1
     for row in (found["student"], found["teacher"], found["teacher_guided"]):
@@ -58,74 +31,13 @@ def test_quality_ends_in_json(run):
         assert worse["sync_c"] < rows["truth"]["sync_c"] and worse["psnr_ci"] >= 0
         assert worse["landmark"] > rows["truth"]["landmark"] and worse["frechet"] > 1e-3
     assert rows["student"]["psnr"] < found["ceiling"]["psnr"] < 40
-
-
-def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "held_out", functools.partial(data.held_out, latents=12))
-    monkeypatch.setattr(bench, "LANDINGS", (20, 40))
-    found = run("trajectory")
-    rows = found["rows"]
-    for name in ("guidance 1", "guidance 2"):
-        assert rows[name]["x"] == list(range(50)) and len(rows[name]["sync_c_ci"]) == 50
-    fixed = rows["50 steps: 1, 1.5, 2, 3, 4.5"]
-    for i, name in ((0, "guidance 1"), (2, "guidance 2")):
-        assert fixed["psnr"][i] == rows[name]["psnr"][49] != rows[name]["psnr"][0]
-    assert rows["1, then 2"]["psnr"] != rows["2, then 2"]["psnr"] != rows["2, then 1"]["psnr"]
-    assert rows["student"]["psnr"][0] != rows["student"]["psnr"][1] < rows["truth"]["psnr"][0]
-    advice = found["recommended"]
-    assert 0 <= advice["band_first"] <= advice["band_last"] < 50
-    assert advice["landing"] in bench.LANDINGS
-    for name in ("guidance", "two-steps", "ends", "mouths"):
-        assert (tmp_path / f"out/trajectory-tiny-{name}.png").is_file()
-
-
-def near(a, b):
-    """The same pictures but for rounding."""
-    return (a.int() - b.int()).abs().max() <= 1
-
-
-def test_trajectories_by_hand(tiny, float32):
-    """They end where the teacher dubs; and two steps, written out."""
-    pairs = data.held_out(2, 32, "held-out", torch.device("cpu"), latents=6)
-    frames = dict(bench.looked_at(tiny, tiny, pairs, 2.0, range(30, 31), latents=3))
-    how = dict(net=tiny, source=pairs.source, mel=pairs.mel)
-    for guidance in (1.0, 2.0):
-        dub = sample.dub_teacher(**how, guidance=guidance, latents=3)
-        assert near(frames[f"guidance {guidance:g}", 49], dub)
-        assert near(frames["50 steps: 1, 1.5, 2, 3, 4.5", guidance], dub)
-    assert not near(frames["guidance 1", 49], dub)
-    assert not near(frames["50 steps: 2 in the band, else 1", 2.0], dub)
-    one_step = sample.dub_teacher(**how, steps=1, latents=3)
-    assert near(frames["guidance 1", 0], one_step) and not near(frames["guidance 1", 30], one_step)
-    assert near(frames["student", 2], sample.dub_student(**how))
-    assert not near(frames["student", 1], frames["student", 2])
-
-    rng, x0, t = torch.Generator().manual_seed(0), [], sample.tau(30)
-    for start in (0, 3):
-        cond = sample.embed_clip(tiny, pairs.source, pairs.mel, start, start + 3)
-        noise = torch.randn(cond.known.shape, generator=rng)
-        with torch.no_grad():
-            x_t = noise + (t - 1) * (noise - tiny(noise, 1.0, cond))
-            x0.append(sample.guided(tiny, x_t, t, cond, 2.0))
-    by_hand = sample.to_frames(tiny, torch.cat(x0, 1), pairs.source)
-    assert near(frames["1, then 2", 30], by_hand)
-    for line, j in (("1, then 1", 30), ("2, then 2", 30), ("1, then 2", 35)):
-        assert not near(frames[line, j], by_hand)
-
-
-def test_the_rule_finds_a_band_and_a_landing():
-    """Guidance buys most sync at 18 to 36, and costs as much everywhere."""
-    flat, inside = torch.zeros(50).tolist(), [float(18 <= j <= 36) for j in range(50)]
-    plain, guided = dict(sync_c=flat, frechet=flat), dict(sync_c=inside, frechet=[2.0] * 50)
-    near_30 = [-((j - 30) ** 2) for j in bench.LANDINGS]
-    two = dict(x=list(bench.LANDINGS), sync_c=near_30, frechet=[1.0] * len(near_30))
-    found = bench.recommend(plain, guided, two)
-    assert found == dict(band_first=18, band_last=36, landing=30)
-    # Where it costs as much as it buys, it is not worth it; nor is a landing far from the truth.
-    guided["frechet"] = [float(18 <= j < 27) for j in range(50)]
-    two["frechet"] = [float(j < 35) for j in bench.LANDINGS]
-    found = bench.recommend(plain, guided, two)
-    assert found == dict(band_first=27, band_last=36, landing=35)
+    differences = found["student_minus"]
+    assert set(differences) == {name for name in rows if name.startswith("teacher")}
+    for name, measures in differences.items():
+        assert set(measures) == set(bench.COLUMNS)
+        for measure, (difference, low, high) in measures.items():
+            apart = rows["student"][measure] - rows[name][measure]
+            assert low <= high and difference == pytest.approx(apart)
 
 
 def test_long_ends_in_json(run):
@@ -136,17 +48,6 @@ def test_long_ends_in_json(run):
     assert found["first"] == rows["student, first"] != found["last"]
     assert found["first"]["psnr"] == pytest.approx(found["last"]["psnr"], abs=1.5)
     assert rows["truth, last"]["psnr"] > 70 and rows["truth, last"]["sharp"] == 1
-
-
-def test_ablate_ends_in_json_and_goes_on(run, monkeypatch):
-    how = "ablate", "--only=1 step,init alone", "--seeds=1"
-    rows = run(*how)["rows"]
-    assert [(row["name"], row["seed"]) for row in rows] == [("init alone", 0), ("1 step", 0)]
-    assert all(0 < row["psnr"] < 40 and row["landmark"] > 0 for row in rows)
-    assert rows[0]["psnr"] != rows[1]["psnr"]
-    for stage in ("init", "dmd"):
-        monkeypatch.setattr(distill, f"train_{stage}", None)  # what is there is not trained again
-    assert run(*how)["rows"] == rows
 
 
 def test_what_a_folder_lacks_is_beside_the_teacher_that_its_student_names(tmp_path, tiny):
@@ -169,3 +70,90 @@ def test_a_table_is_markdown(capsys):
     bench.table("set", dict(a=dict(x=1.234, x_ci=0.05, y=2.0)), dict(x=2, y=0))
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines == ["| set | x | y |", "|---|---|---|", "| a | 1.23 ± 0.05 | 2 |"]
+
+
+def evaluation(dub, truth, **values):
+    """Features (n, T, E) of dubs and truths, and measures (n,) -> an Evaluation."""
+    return bench.Evaluation(values, bench.moments_of(dub), bench.moments_of(truth))
+
+
+def test_a_paired_difference_shows_what_the_spread_of_people_hides():
+    """One dub is better by .2 for everyone, give or take; people differ by 3."""
+    rng = np.random.default_rng(0)
+    people = rng.normal(24, 3, 64)
+    a = people + 0.2 + rng.normal(0, 0.3, 64)
+    unpaired = 1.96 * ((a.var(ddof=1) + people.var(ddof=1)) / 64) ** 0.5
+    assert abs(a.mean() - people.mean()) < unpaired
+    difference, low, high = bench.paired_difference(a, people, rng)
+    assert difference == pytest.approx(a.mean() - people.mean())
+    assert 0 < low < 0.2 < high < 0.4
+    assert high - low == pytest.approx(2 * 1.96 * 0.3 / 8, rel=0.3)  # as the normal interval
+    _, low, high = bench.paired_difference(people, a, rng)
+    assert low < high < 0
+    _, low, high = bench.paired_difference(people + rng.normal(0, 0.3, 64), people, rng)
+    assert low < 0 < high
+
+
+def test_sums_by_person_give_the_frechet_distance_of_all_frames():
+    dub = torch.randn(4, 30, 5) + 0.3
+    truth = torch.randn(4, 30, 5)
+    found = evaluation(dub, truth)
+    for times in ([1, 1, 1, 1], [2, 0, 1, 1], [0, 0, 1, 0]):
+        people = torch.arange(4).repeat_interleave(torch.tensor(times))
+        whole = syncnet.frechet(dub[people].flatten(0, 1), truth[people].flatten(0, 1))
+        assert bench.frechet_of(found, torch.tensor(times).double()) == pytest.approx(whole)
+
+
+SPREAD = 1 / torch.arange(1, 129).sqrt()  # of 128 features: the first ones vary most, as usual
+
+
+def features_of_gaussians(more, shift, people=64):
+    """Features (people, 96, 128) of dubs and of truths, and the distance of their distributions.
+    The dubs vary more with the person, by `more`, and are off by `shift` in one feature. The
+    frames of a person are nearly the same."""
+    person = torch.randn(people, 1, 128)
+    other = torch.randn(people, 1, 128)
+    truth = SPREAD * (person + 0.3 * torch.randn(people, 96, 128))
+    dub = SPREAD * (person + more * other + 0.3 * torch.randn(people, 96, 128))
+    dub[..., 0] += shift
+    wider = (1.09 + more**2) ** 0.5 - 1.09**0.5
+    return dub, truth, shift**2 + (wider * SPREAD).square().sum().item()
+
+
+def test_the_jackknife_removes_most_of_the_frechet_distances_bias():
+    for people in (32, 64, 64):
+        dub, truth, distance = features_of_gaussians(0.5, 0.3, people)
+        found = evaluation(dub, truth)
+        plain = bench.frechet_of(found, torch.ones(people).double())
+        corrected, half_interval = bench.frechet_of_all(found)
+        assert plain - distance > 0.4  # few people always seem farther off
+        assert abs(corrected - distance) < 0.6 * (plain - distance)
+        assert 0 < half_interval < plain
+    nothing, _ = bench.frechet_of_all(evaluation(truth, truth))
+    assert nothing == pytest.approx(0, abs=1e-3)
+
+
+def test_frechet_distances_of_the_same_people_are_compared_in_pairs():
+    dub, truth, distance = features_of_gaussians(0.5, 0.0)
+    worse = dub.clone()
+    worse[..., 0] += 0.6
+    near = evaluation(dub, truth)
+    far = evaluation(worse, truth)
+    rng = np.random.default_rng(0)
+    difference, low, high = bench.frechet_difference(far, near, rng)
+    assert 0 < low < difference < high
+    backwards, low, high = bench.frechet_difference(near, far, rng)
+    assert low < backwards < high < 0 and backwards == pytest.approx(-difference)
+    assert bench.frechet_difference(near, near, rng) == (0, 0, 0)
+
+
+def test_what_is_beyond_chance_is_told_in_words():
+    found = dict(sync_c=(0.004, -0.001, 0.009), psnr=(0.16, 0.01, 0.3), gain=(-0.2, -0.3, -0.1))
+    told = bench.beyond_chance(found)
+    assert told == "psnr +0.16 [+0.01, +0.30], gain -0.20 [-0.30, -0.10]"
+    assert bench.beyond_chance(dict(sync_c=found["sync_c"])) == "nothing"
+
+
+def test_json_holds_what_numpy_counts():
+    found = bench.json_ready({"a": np.float32(0.5), "b": [np.int64(2), (float("nan"),)], "c": "x"})
+    assert found == {"a": 0.5, "b": [2, [None]], "c": "x"} and type(found["a"]) is float

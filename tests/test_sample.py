@@ -212,7 +212,10 @@ def test_frames_to_a_pipe_whose_reader_may_leave_early(tmp_path, student_file):
     assert early.stdout.strip() == "100" and "Traceback" not in early.stderr
 
 
-@pytest.mark.parametrize("script", ["voices", "data", "syncnet", "sample", "distill", "bench"])
+SCRIPTS = ["voices", "data", "syncnet", "sample", "distill", "bench", "analysis"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_has_help(script, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with contextlib.suppress(SystemExit):

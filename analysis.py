@@ -1,0 +1,331 @@
+"""The paper's figures and ablations, on one's own teacher. The last line is one JSON object.
+
+python analysis.py trajectory --config small    # what the paper saw in its teacher, in this one
+python analysis.py ablate --config tiny --weights out/tiny    # the distillation, one thing changed
+
+Figures are written to out/bench/. The README's tables are made by bench.py.
+"""
+
+import copy
+import dataclasses
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import data
+import distill
+import model
+import runtime
+import sample
+from bench import COLUMNS, CommonOptions, by_parts, checkpoint, judged, networks, run_command
+from faces import mouth_rectangle
+from model import load_dit
+from runtime import Fail, opt
+from sample import STEPS, dub_student, tau
+from syncnet import table
+
+PEOPLE = {"trajectory": 12, "ablate": 64}  # how many there are unless --clips is given
+LABELS = {
+    "sync_c": "Sync-C",
+    "psnr": "PSNR (dB)",
+    "landmark": "landmark (%)",
+    "gain": "gain",
+    "sharp": "sharp",
+    "frechet": "Fréchet",
+    "j": "step j (0 noise, 50 clean)",
+    "landing": "j at which the second step begins",
+}
+GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)  # scales at which 50 steps are walked to their end
+GUIDED = 2.0  # the one of them that is looked at step by step and in two steps
+LANDINGS = range(5, 50, 5)  # j at which a second step may begin
+PICTURED = (0, 4, 19, 49)  # j of the unguided guesses of which a figure shows the mouths
+
+VARIANTS = {  # what is changed of the preset, one thing at a time; options of distill.py
+    "as it is": {},  # which has beta 20, landing 40, 2 steps and 5 critic updates
+    "init alone": {"stage": "init"},
+    "never guided": {"sync_window": "off"},
+    "guided everywhere": {"sync_window": "all"},
+    "window reversed": {"sync_window": "reversed"},
+    "no reward": {"beta": 0.0},
+    "beta 5": {"beta": 5.0},
+    "beta 40": {"beta": 40.0},
+    "landing 30": {"landing": 30},
+    "1 step": {"student_steps": 1},
+    "4 steps": {"student_steps": 4},
+    "1 critic update": {"critic_updates": 1},
+}
+PAPER = {  # Sync-C and FVD of the same change there
+    "as it is": "6.88, 119",
+    "never guided": "6.14, 121",
+    "guided everywhere": "7.13, 138",
+    "window reversed": "6.98, 127",
+    "no reward": "6.81, 120",
+}
+
+
+@dataclasses.dataclass
+class Options(CommonOptions):
+    only: str = opt("", "ablate: rows whose names hold one of these words, with commas between")
+    seeds: int = opt(3, "ablate: trainings of each row")
+
+
+class Windows:
+    """The clips as the teacher sees them in sample.dub_teacher: in windows of `latents` latent
+    frames, here all in one batch. Every walk begins with the same noise."""
+
+    def __init__(self, teacher, pairs, latents=12):
+        conds = []
+        for start in range(0, pairs.source.shape[1] // 4, latents):
+            end = start + latents
+            conds.append(sample.embed_clip(teacher, pairs.source, pairs.mel, start, end))
+        self.teacher = teacher
+        self.source = pairs.source
+        self.count = len(conds)
+        self.cond = model.Cond(*(torch.cat(field) for field in zip(*conds)))
+        self.noise = sample.seeded(0)(self.cond.known)
+
+    @torch.no_grad()
+    def guess(self, x_t, j, guidance):
+        """The teacher's x0 at step j of the grid, all windows of all clips at once."""
+        with runtime.mixed(self.teacher):
+            return sample.guided(self.teacher, x_t, tau(j), self.cond, guidance).float()
+
+    def walk(self, scales):
+        """Yields the guess of x0 at each Euler step, guided by scales[j] at step j. The last one is
+        where the walk ends, since t is 0 there."""
+        x_t = self.noise
+        for j, guidance in enumerate(scales):
+            x0 = self.guess(x_t, j, guidance)
+            yield x0
+            x_t = x_t + (tau(j + 1) - tau(j)) * sample.to_velocity(x_t, x0, tau(j))
+
+    def second_guess(self, first, landing, guidance):
+        """The guess after one long Euler step from noise towards the `first` guess, to `landing`.
+        (That is the first guess mixed with the noise.)"""
+        x_t = sample.add_noise(first, self.noise, tau(landing))
+        return self.guess(x_t, landing, guidance)
+
+    def frames(self, x0):
+        """A guess of all windows -> the whole clips (n, T, S, S, 3) uint8."""
+        clips = torch.cat(x0.chunk(self.count), 1)
+        return sample.to_frames(self.teacher, clips, self.source)
+
+
+class Looker:
+    """Measures dubs of the same people, and keeps pictures of three people's mouths, at the moment
+    when the truth's is open widest."""
+
+    def __init__(self, pairs, judge):
+        self.pairs = pairs
+        self.judge = judge
+        self.moments = pairs.mouth[:3, :, 0].argmax(1)
+        self.pictures = []  # (title, the mouths one above the other)
+
+    def look(self, name, video, title="", **where):
+        """-> a row: the measures and `where`. With a title, the mouths are kept under it."""
+        row = judged(video, self.pairs, self.judge)
+        print(f"{name}: Sync-C {row['sync_c']:.3f}", file=sys.stderr, flush=True)
+        if title:
+            people = range(len(self.moments))
+            mouths = mouth_rectangle(video)[people, self.moments]
+            picture = mouths.flatten(0, 1).cpu().numpy()
+            self.pictures.append((f"{title}\nsharp {row['sharp']:.2f}", picture))
+        return where | row
+
+
+def look_at_steps(windows, looker):
+    """The teacher's 50 steps -> {guidance: a row for each step}, of no guidance and of GUIDED, and
+    a row for the end at each of GUIDANCES."""
+    steps = {1.0: [], GUIDED: []}
+    ends = []
+    for guidance in GUIDANCES:
+        for j, x0 in enumerate(windows.walk([guidance] * STEPS)):
+            if guidance not in steps and j < STEPS - 1:
+                continue
+            pictured = guidance == 1.0 and j in PICTURED
+            title = f"step {j + 1} of {STEPS}" if pictured else ""
+            name = f"guidance {guidance:g}, step {j}"
+            row = looker.look(name, windows.frames(x0), title, j=j)
+            if guidance in steps:
+                steps[guidance].append(row)
+        ends.append(row | {"guidance": guidance})
+    return steps, ends
+
+
+def look_at_window(windows, looker, window):
+    """Where 50 steps end that are guided at j in `window` alone -> a row."""
+    scales = [GUIDED if j in window else 1.0 for j in range(STEPS)]
+    for x0 in windows.walk(scales):
+        pass
+    return looker.look("guided in the window", windows.frames(x0))
+
+
+def look_at_two_steps(windows, looker):
+    """Two steps -> {guidance in the first: {guidance in the second: a row for each landing}}."""
+    rows = {}
+    for first_guidance in (1.0, GUIDED):
+        rows[first_guidance] = {}
+        first = windows.guess(windows.noise, 0, first_guidance)
+        for guidance in (1.0, GUIDED):
+            curve = []
+            for landing in LANDINGS:
+                video = windows.frames(windows.second_guess(first, landing, guidance))
+                name = f"{first_guidance:g}, then {guidance:g} at {landing}"
+                curve.append(looker.look(name, video, landing=landing))
+            rows[first_guidance][guidance] = curve
+    return rows
+
+
+def first_guess_of(student):
+    """The student that stops at its first call."""
+    net = copy.copy(student)
+    net.cfg = dataclasses.replace(student.cfg, student_steps=1)
+    return net
+
+
+def panels(path, caption, curves, axes, span=None):
+    """Save a figure of `curves`, {name: rows}, with a panel for each (x, y) of `axes`, two keys of
+    the rows; y is a measure, shown with its standard error. span: (from, to) on the x axis that is
+    grey."""
+    height = -(-len(axes) // 3)
+    size = (13, 3.2 * height + 0.9)
+    figure, grid = plt.subplots(height, 3, figsize=size, layout="constrained")
+    for panel, (x, y) in zip(grid.flat, axes):
+        panel.set(xlabel=LABELS[x], ylabel=LABELS[y])
+        if span:
+            panel.axvspan(*span, color="0.9")
+        for name, rows in curves.items():
+            along = [row[x] for row in rows]
+            mean = np.array([row[y] for row in rows])
+            error = np.array([row[y + "_ci"] for row in rows]) / 1.96
+            (line,) = panel.plot(along, mean, ".-", label=name)
+            panel.vlines(along, mean - error, mean + error, line.get_color(), alpha=0.2, lw=4)
+        panel.legend(fontsize="small")
+    figure.suptitle(caption, fontsize="medium")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_curves(path, rows, recipe, people):
+    """Three figures of what `trajectory` found; grey is what the preset has."""
+    bars = f"{people}; bars: one standard error."
+    caption = (
+        f"What guidance {GUIDED:g} buys and costs: the guess of x0 at each of 50 steps. {bars}"
+    )
+    window = (recipe.band_first, recipe.band_last)
+    caption += f"\nGrey, j = {window[0]} to {window[1]}: the sync window of the preset."
+    curves = {f"guidance {guidance:g}": curve for guidance, curve in rows["steps"].items()}
+    axes = [("j", measure) for measure in COLUMNS]
+    panels(f"{path}-guidance.png", caption, curves, axes, span=window)
+
+    caption = f"Two Euler steps from noise: guided where, landing where? {bars}"
+    caption += f"\nGrey line, j = {recipe.landing}: where the preset's student lands."
+    curves = {}
+    for first, by_second in rows["two_steps"].items():
+        for second, curve in by_second.items():
+            curves[f"{first:g}, then {second:g}"] = curve
+    axes = [("landing", "sync_c"), ("landing", "frechet"), ("landing", "psnr")]
+    panels(f"{path}-two-steps.png", caption, curves, axes, span=(recipe.landing, recipe.landing))
+
+    scales = ", ".join(f"{guidance:g}" for guidance in GUIDANCES)
+    curves = {
+        f"50 steps, guidance {scales}": rows["ends"],
+        f"50 steps, {GUIDED:g} in the window, else 1": [rows["window"]],
+        f"2 steps, 1, then {GUIDED:g}, by landing": rows["two_steps"][1.0][GUIDED],
+        "student, first guess and last": rows["student"],
+        "truth": [rows["truth"]],
+    }
+    caption = f"Fixed guidance against schedules. {bars}"
+    axes = [("frechet", "sync_c"), ("landmark", "sync_c"), ("sharp", "sync_c")]
+    panels(f"{path}-ends.png", caption, curves, axes)
+
+
+def draw_mouths(path, looker, people):
+    """Save the pictures of three people's mouths side by side."""
+    columns = len(looker.pictures)
+    figure, axes = plt.subplots(1, columns, figsize=(14, 4.6), layout="constrained")
+    for axis, (title, picture) in zip(axes, looker.pictures):
+        axis.imshow(picture)
+        axis.set(xticks=[], yticks=[], title=title)
+    shown = len(looker.moments)
+    middles = [(i + 0.5) * len(picture) / shown for i in range(shown)]
+    axes[0].set_yticks(middles, [f"person {i + 1}" for i in range(shown)])
+    figure.supxlabel(f"The moment when the truth opens widest. Sharp: mean of {people}.")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def trajectory(cfg, device):
+    """What the paper saw in its teacher (its figures 2, 3, 4, 7 to 9): where along 50 steps
+    guidance pays, where they end, and two steps; beside them the student and the truth."""
+    judge, student, teacher = networks(cfg, device, "student", "teacher")
+    recipe = distill.Config(**distill.PRESETS[cfg.config])
+    pairs = data.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
+    windows = Windows(teacher, pairs)
+    looker = Looker(pairs, judge)
+    steps, ends = look_at_steps(windows, looker)
+    in_window = look_at_window(windows, looker, range(recipe.band_first, recipe.band_last + 1))
+    two_steps = look_at_two_steps(windows, looker)
+    first = by_parts(dub_student, first_guess_of(student), pairs)
+    last = by_parts(dub_student, student, pairs)
+    rows = {
+        "steps": steps,
+        "ends": ends,
+        "window": in_window,
+        "two_steps": two_steps,
+        "student": [
+            looker.look("student, first guess", first, "student, first guess"),
+            looker.look("student", last, "its last guess"),
+        ],
+        "truth": looker.look("truth", pairs.truth, "truth"),
+    }
+    path = f"{cfg.out}/trajectory-{cfg.config}"
+    people = f"{cfg.clips} held-out people"
+    draw_curves(path, rows, recipe, people)
+    draw_mouths(f"{path}-mouths.png", looker, people)
+    return {"rows": rows}
+
+
+def ablate(cfg, device):
+    """The distillation with one thing changed at a time, each from the same teacher and with the
+    same budget, then the judge. What is in a row's folder already is not trained again."""
+    words = [word.strip() for word in cfg.only.split(",")]
+    wanted = [name for name in VARIANTS if any(word in name for word in words)]
+    if not wanted:
+        raise Fail(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
+    teacher = checkpoint(cfg, "teacher")
+    (judge,) = networks(cfg, device)
+    pairs = data.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device)
+    rows = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for name in wanted:
+            out = f"{cfg.out}/ablate-{cfg.config}/{name.replace(' ', '-')}-{seed}"
+            options = {"config": cfg.config, "teacher": teacher, "seed": seed, "out": out}
+            options |= {"device": device} | VARIANTS[name]
+            distill.main([f"--{key}={value}" for key, value in options.items()])
+            stage = VARIANTS[name].get("stage", "student")
+            net = load_dit(f"{out}/{stage}.pt", device, runtime.fast_dtype(device))
+            row = judged(by_parts(dub_student, net, pairs), pairs, judge)
+            rows.append(row | {"name": name, "seed": seed})
+
+    shown = {}
+    for name in wanted:
+        title = f"{name} (paper: {PAPER[name]})" if name in PAPER else name
+        shown[title] = {}
+        for measure in COLUMNS:
+            values = [row[measure] for row in rows if row["name"] == name]
+            shown[title][measure] = np.mean(values)
+            shown[title][measure + "_ci"] = np.ptp(values) / 2
+    table(f"mean ± half the range of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
+    return {"rows": rows}
+
+
+def main(argv):
+    commands = {"trajectory": trajectory, "ablate": ablate}
+    run_command(argv, commands, Options, PEOPLE, __doc__)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

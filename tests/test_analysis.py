@@ -1,0 +1,92 @@
+import functools
+
+import torch
+
+import analysis
+import data
+import distill
+import sample
+
+
+def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "held_out", functools.partial(data.held_out, latents=12))
+    monkeypatch.setattr(analysis, "LANDINGS", (20, 40))
+    rows = run("trajectory")["rows"]
+    plain, guided = rows["steps"]["1.0"], rows["steps"]["2.0"]
+    for steps in (plain, guided):
+        assert [row["j"] for row in steps] == list(range(50))
+        assert all(row["sync_c_ci"] >= 0 for row in steps)
+    assert [row["guidance"] for row in rows["ends"]] == [1, 1.5, 2, 3, 4.5]
+    for i, steps in ((0, plain), (2, guided)):
+        assert rows["ends"][i]["psnr"] == steps[49]["psnr"] != steps[0]["psnr"]
+    assert rows["window"]["psnr"] not in [row["psnr"] for row in rows["ends"]]
+    curves = []
+    for first in ("1.0", "2.0"):
+        for second in ("1.0", "2.0"):
+            curve = rows["two_steps"][first][second]
+            assert [row["landing"] for row in curve] == [20, 40]
+            curves.append(tuple(row["psnr"] for row in curve))
+    assert len(set(curves)) == 4
+    first, last = (row["psnr"] for row in rows["student"])
+    assert first != last < rows["truth"]["psnr"]
+    for name in ("guidance", "two-steps", "ends", "mouths"):
+        assert (tmp_path / f"out/trajectory-tiny-{name}.png").is_file()
+
+
+def near(a, b):
+    """The same pictures but for rounding."""
+    return (a.int() - b.int()).abs().max() <= 1
+
+
+def test_trajectories_by_hand(tiny, float32):
+    """They end where the teacher dubs; and two steps, written out."""
+    pairs = data.held_out(2, 32, "held-out", torch.device("cpu"), latents=6)
+    source, mel = pairs.source, pairs.mel
+    windows = analysis.Windows(tiny, pairs, latents=3)
+    ends = {}
+    for guidance in (1.0, 2.0):
+        guesses = [windows.frames(x0) for x0 in windows.walk([guidance] * 50)]
+        assert len(guesses) == 50
+        dub = sample.dub_teacher(tiny, source, mel, guidance=guidance, latents=3)
+        assert near(guesses[49], dub)
+        ends[guidance] = guesses[49]
+        if guidance == 1.0:
+            one_step = sample.dub_teacher(tiny, source, mel, steps=1, latents=3)
+            assert near(guesses[0], one_step) and not near(guesses[30], one_step)
+    assert not near(ends[1.0], ends[2.0])
+    *_, end = windows.walk([2.0 if j == 30 else 1.0 for j in range(50)])
+    assert not near(windows.frames(end), ends[2.0])
+    last = sample.dub_student(tiny, source, mel)
+    first = sample.dub_student(analysis.first_guess_of(tiny), source, mel)
+    assert not near(first, last) and tiny.cfg.student_steps == 2
+
+    rng = torch.Generator().manual_seed(0)
+    t = sample.tau(30)
+    x0 = []
+    for start in (0, 3):
+        cond = sample.embed_clip(tiny, source, mel, start, start + 3)
+        noise = torch.randn(cond.known.shape, generator=rng)
+        with torch.no_grad():
+            x_t = noise + (t - 1) * (noise - tiny(noise, 1.0, cond))
+            x0.append(sample.guided(tiny, x_t, t, cond, 2.0))
+    by_hand = sample.to_frames(tiny, torch.cat(x0, 1), source)
+    guesses = {}
+    for guidance in (1.0, 2.0):
+        first = windows.guess(windows.noise, 0, guidance)
+        for landing, second in ((30, 1.0), (30, 2.0), (35, 2.0)):
+            video = windows.frames(windows.second_guess(first, landing, second))
+            guesses[guidance, second, landing] = video
+    assert near(guesses[1.0, 2.0, 30], by_hand)
+    for case in ((1.0, 1.0, 30), (2.0, 2.0, 30), (1.0, 2.0, 35)):
+        assert not near(guesses[case], by_hand)
+
+
+def test_ablate_ends_in_json_and_goes_on(run, monkeypatch):
+    command = "ablate", "--only=1 step,init alone", "--seeds=1"
+    rows = run(*command)["rows"]
+    assert [(row["name"], row["seed"]) for row in rows] == [("init alone", 0), ("1 step", 0)]
+    assert all(0 < row["psnr"] < 40 and row["landmark"] > 0 for row in rows)
+    assert rows[0]["psnr"] != rows[1]["psnr"]
+    for stage in ("init", "dmd"):
+        monkeypatch.setattr(distill, f"train_{stage}", None)  # what is there is not trained again
+    assert run(*command)["rows"] == rows
