@@ -26,18 +26,18 @@ from torch.utils.benchmark import Timer
 
 import data
 import distill
+import faces
 import model
 import runtime
 import sample
 import syncnet
 import voices
-from data import to_float
-from faces import FPS, SPLITS, draw, dub_pair, mouth_rectangle
+from data import FPS, RATE, mouth_rectangle, to_float
+from faces import SPLITS, draw, dub_pair
 from model import load_dit
 from runtime import Fail, opt
 from sample import STEPS, dub_student, dub_teacher, tau
 from syncnet import features, frechet, load_syncnet, measures, table
-from voices import RATE
 
 COLUMNS = dict(sync_c=3, psnr=2, landmark=2, gain=2, sharp=2, frechet=2)  # and their digits
 LABELS = dict(zip(COLUMNS, ("Sync-C", "PSNR (dB)", "landmark (%)", "gain", "sharp", "Fréchet")))
@@ -115,8 +115,9 @@ def seconds_of(work, rounds):
 def training(recipe, device):
     """Seconds of a teacher step, and of a student's with its critic updates."""
     expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
-    watch, seconds = data.held_out(1, recipe.size, "watch", device), {}
-    world = data.Clips(recipe.size, 8, device), expert, expert, watch
+    watch, seconds = faces.held_out(1, recipe.size, "watch", device), {}
+    people = faces.drawn_clips("train", recipe.size, 4 * data.CLIP_LATENTS, device)
+    world = data.Clips(people, 8, recipe.size, device), expert, expert, watch
     with tempfile.TemporaryDirectory() as folder:
         recipe = dataclasses.replace(recipe, out=folder, teacher_steps=24, dmd_steps=12)
         switch = "on" if device.type == "cuda" else "auto"  # as if there were more steps
@@ -175,7 +176,7 @@ def quality(cfg, device):
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     first, size = SPLITS["held-out"], student.cfg.size
     people = range(first, first + 2 * cfg.clips, 2)
-    pairs = data.held_out(cfg.clips, size, "held-out", device)
+    pairs = faces.held_out(cfg.clips, size, "held-out", device)
     rows = dict(truth=judged(pairs.truth, pairs, judge))
     # Only what no sound decides is changed: nothing that commits itself to one mouth can be closer.
     other = [draw(i, 96, size, i + 1, None, i + 1_000_000, device).video for i in people]
@@ -392,7 +393,7 @@ def trajectory(cfg, device):
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     recipe, rows, mouths = distill.Config(**distill.PRESETS[cfg.config]), {}, {}
     s, band = 2.0, range(recipe.band_first, recipe.band_last + 1)
-    pairs = data.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
+    pairs = faces.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
     moments = pairs.mouth[:3, :, 0].argmax(1)
     for (line, x), frames in looked_at(teacher, student, pairs, s, band):
         row = dict(judged(frames, pairs, judge), x=x)
@@ -437,7 +438,7 @@ def ablate(cfg, device):
     if not wanted:
         raise Fail(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
     teacher, (judge,) = checkpoint(cfg, "teacher"), networks(cfg, device)
-    pairs, rows = data.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device), []
+    pairs, rows = faces.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device), []
     for seed, name in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), wanted):
         out = f"{cfg.out}/ablate-{cfg.config}/{name.split(' (')[0].replace(' ', '-')}-{seed}"
         how = dict(config=cfg.config, teacher=teacher, seed=seed, out=out, device=device)
@@ -467,7 +468,7 @@ def long(cfg, device):
         found.append([(x[:minute], x[-minute:]) for x in clips])
     for end, name in enumerate(("first", "last")):
         *pairs, dub = (torch.cat([x[end] for x in many]).to(device) for many in zip(*found))
-        pairs = data.Pairs(*pairs)
+        pairs = faces.Pairs(*pairs)
         rows[f"truth, {name}"] = judged(pairs.truth, pairs, judge)
         rows[f"student, {name}"] = judged(dub, pairs, judge)
     table("minute", rows, COLUMNS)

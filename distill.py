@@ -20,11 +20,14 @@ import torch
 import torch.distributed as dist
 
 import data
+import faces
+import media
 import model as nn_model
 import runtime
 import sample
 import syncnet
-from data import same_world, to_float, to_pixels, to_tokens
+from data import to_float, to_pixels, to_tokens
+from faces import same_world
 from model import DiT, denoising_loss, load_dit, network_of, save_dit, seconds_a_pass
 from runtime import Fail, Progress, adam_w, compiled, ema, mixed, opt, ranks, rate, update
 from sample import add_noise, dub_student, guided, noise_like, rollout, shift, student_times, tau
@@ -124,7 +127,7 @@ def minutes(cfg, device):
     n = 4 if device.type == "cpu" else min(32, cfg.batch)
     one = seconds_a_pass(network_of(cfg), cfg.latents, device, n)
     begun = time.time()
-    data.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device)
+    faces.draw(0, 4 * data.CLIP_LATENTS, cfg.size, device=device)
     return (cfg.clips * (time.time() - begun) + passes * one) / 60
 
 
@@ -338,7 +341,7 @@ def set_up(cfg):
     runtime.free_space(cfg.out, 500 << 20)
     DiT(network_of(cfg))  # Fail now, not after the experts
     if cfg.folder:
-        data.mp4s(cfg.folder)
+        media.mp4s(cfg.folder)
     for path in filter(None, (cfg.teacher, cfg.start)):
         if load_dit(path, like=cfg).stage != "teacher":
             raise Fail(f"{path}: a causal student cannot teach; name a teacher.pt")
@@ -351,7 +354,7 @@ def set_up(cfg):
 
 def closing_table(cfg, teacher, student, judge, device):
     """Held-out people dubbed to other words, by the teacher and by the student."""
-    pairs = data.held_out(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
+    pairs = faces.held_out(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
     how = dict(source=pairs.source, mel=pairs.mel)
     dubs = {"truth": pairs.truth}
     dubs["teacher, 50 steps, unguided"] = sample.dub_teacher(teacher, latents=cfg.latents, **how)
@@ -361,7 +364,7 @@ def closing_table(cfg, teacher, student, judge, device):
     )
     rows = {name: means(dub, pairs, judge) for name, dub in dubs.items()}
     syncnet.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharp=2, frechet=2))
-    clip = data.dub_pair(0, pairs.source.shape[1], cfg.size)[1]
+    clip = faces.dub_pair(0, pairs.source.shape[1], cfg.size)[1]
     for _ in range(2):  # the first warms up
         fps, ttff = sample.clock(sample.stream(student, clip.video, clip.audio), device)
     print(f"The student streams {fps:.0f} frames a second, the first after {1000 * ttff:.1f} ms.")
@@ -374,14 +377,19 @@ def main(argv):
     where = f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
     about = f"about {max(1, minutes(cfg, device)):.0f} minutes in all"
     print(f"{where}; results in {cfg.out}/; {about}", flush=True)
-    keep = dict(world=data.world(), options=dataclasses.asdict(cfg))
-    watch = data.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
+    keep = dict(world=faces.world(), options=dataclasses.asdict(cfg))
+    watch = faces.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
 
     @functools.cache
     def clips(split):
         n = min(cfg.clips, JUDGE_CLIPS) if split == "judge" else cfg.clips
         begun, folder = time.time(), "" if split == "judge" else cfg.folder
-        made = data.Clips(cfg.size, n, device, split, folder)
+        frames = 4 * data.CLIP_LATENTS
+        if folder:
+            found = media.recorded(folder, cfg.size, frames)
+        else:
+            found = faces.drawn_clips(split, cfg.size, frames, device)
+        made = data.Clips(found, n, cfg.size, device)
         print(f"data: {len(made.video)} clips ({split}), {time.time() - begun:.0f} s", flush=True)
         return made
 
@@ -409,7 +417,7 @@ def main(argv):
     if cfg.stage == "all":
         student = network("student", train_dmd, teacher, init).to(dtype)
         if ranks()[0] == 0:
-            pairs = [data.dub_pair(i, 96, cfg.size) for i in range(3)]
+            pairs = [faces.dub_pair(i, 96, cfg.size) for i in range(3)]
             sample.side_by_side(f"{cfg.out}/sample.mp4", student, pairs)
             closing_table(cfg, teacher.to(dtype), student, judge, device)
             print(f"{cfg.out}/sample.mp4: source | dub | truth; curves.png: how training went")

@@ -13,6 +13,7 @@ import torch
 
 import data
 import distill
+import faces
 import model
 import syncnet
 
@@ -53,21 +54,23 @@ def tiny(cfg):
 
 @pytest.fixture(scope="session")
 def clips(cfg):
-    return data.Clips(cfg.size, cfg.clips, CPU, latents=16)
+    people = faces.drawn_clips("train", cfg.size, 64, CPU)
+    return data.Clips(people, cfg.clips, cfg.size, CPU, latents=16)
 
 
 @pytest.fixture(scope="session")
 def watch(cfg):
-    return data.held_out(2, cfg.size, "watch", CPU, 6)
+    return faces.held_out(2, cfg.size, "watch", CPU, 6)
 
 
 @pytest.fixture(scope="session")
 def expert_file(tmp_path_factory, cfg):
     """A SyncNet trained for seconds on drawn clips: enough to find an offset."""
     path = tmp_path_factory.mktemp("sync") / "judge.pt"
-    few = data.Clips(cfg.size, 60, CPU, latents=24)
-    held_out = data.held_out(4, cfg.size, "watch", CPU, 12)
-    syncnet.train(path, syncnet.Config(size=cfg.size), few, 160, 3, held_out, world=data.world())
+    people = faces.drawn_clips("train", cfg.size, 96, CPU)
+    few = data.Clips(people, 60, cfg.size, CPU, latents=24)
+    held_out = faces.held_out(4, cfg.size, "watch", CPU, 12)
+    syncnet.train(path, syncnet.Config(size=cfg.size), few, 160, 3, held_out, world=faces.world())
     return path
 
 
@@ -79,7 +82,7 @@ def expert(expert_file):
 @pytest.fixture(scope="session")
 def student_file(tiny, cfg):
     path = f"{cfg.out}/a_student.pt"
-    model.save_dit(path, tiny, "student", world=data.world())
+    model.save_dit(path, tiny, "student", world=faces.world())
     return path
 
 

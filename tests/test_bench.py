@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import bench
-import data
 import distill
+import faces
 import model
 import runtime
 import sample
@@ -19,7 +19,7 @@ ENDS = "first", "last"
 def run(tmp_path, tiny, expert_file, capsys, cfg, monkeypatch):
     """run("speed") -> the JSON object at the end, of networks that have learned nothing."""
     for name in ("teacher", "student"):
-        model.save_dit(tmp_path / f"{name}.pt", tiny, name, world=data.world())
+        model.save_dit(tmp_path / f"{name}.pt", tiny, name, world=faces.world())
     for name in ("judge", "syncnet"):
         shutil.copy(expert_file, tmp_path / f"{name}.pt")
     few = ("clips", "latents", "batch", "init_steps", "dmd_steps", "dmd_batch", "critic_updates")
@@ -61,7 +61,7 @@ def test_quality_ends_in_json(run):
 
 
 def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "held_out", functools.partial(data.held_out, latents=12))
+    monkeypatch.setattr(faces, "held_out", functools.partial(faces.held_out, latents=12))
     monkeypatch.setattr(bench, "LANDINGS", (20, 40))
     found = run("trajectory")
     rows = found["rows"]
@@ -86,7 +86,7 @@ def near(a, b):
 
 def test_trajectories_by_hand(tiny, float32):
     """They end where the teacher dubs; and two steps, written out."""
-    pairs = data.held_out(2, 32, "held-out", torch.device("cpu"), latents=6)
+    pairs = faces.held_out(2, 32, "held-out", torch.device("cpu"), latents=6)
     frames = dict(bench.looked_at(tiny, tiny, pairs, 2.0, range(30, 31), latents=3))
     how = dict(net=tiny, source=pairs.source, mel=pairs.mel)
     for guidance in (1.0, 2.0):
