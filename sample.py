@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -48,7 +47,6 @@ from syncnet import find_weights
 
 SHIFT = 5.0  # of the time grid (paper: 5)
 STEPS = 50  # of the teacher's grid (paper: 50)
-TMPDIR = "set TMPDIR to a folder on a larger disk"
 FACE_SECONDS, FACE_SCALE = 8, 3  # of a drawn person who says something
 LEAN = 0.1, 0.2  # how far a token's first frame leans to the one before: in a chunk, at its start
 
@@ -331,26 +329,19 @@ def clock(frames_of, device):
 
 
 def play(path, total):
-    """Yield `total` frames of a video, back and forth if it is shorter: then it is read again, into
-    a file on disk, not into memory."""
-    for n, frame in enumerate(itertools.islice(media.read_video(path), total), 1):
+    """Yield `total` frames of a video. If it is shorter, it is read again from its start, as often
+    as it takes, and a line on stderr says so."""
+    length = 0
+    for frame in itertools.islice(media.read_video(path), total):
         yield frame
-    if n == total - 1:  # rounding
-        yield frame
-    if n >= total - 1:
-        return
-    runtime.free_space(tempfile.gettempdir(), n * frame.numel(), TMPDIR)
-    try:
-        with tempfile.TemporaryFile() as spool:
-            for frame in media.read_video(path):
-                spool.write(frame.numpy())
-            for k in range(n, total):
-                k %= max(1, 2 * n - 2)
-                spool.seek((k if k < n else 2 * n - 2 - k) * frame.numel())
-                raw = bytearray(spool.read(frame.numel()))
-                yield torch.frombuffer(raw, dtype=torch.uint8).view(frame.shape)
-    except OSError as e:
-        raise Fail(f"{tempfile.gettempdir()}: {e.strerror}; {TMPDIR}") from None
+        length += 1
+    missing = total - length
+    if missing == 1:
+        yield frame  # the sound's length was rounded up to a whole frame
+    elif missing > 1:
+        media.warn(f"{path}: shorter than the sound; it is played again from its start")
+        again = itertools.chain.from_iterable(media.read_video(path) for _ in itertools.count())
+        yield from itertools.islice(again, missing)
 
 
 def dub_face(net, cfg, audio):
