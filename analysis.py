@@ -14,13 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import data
 import distill
+import faces
 import model
 import runtime
 import sample
 from bench import COLUMNS, CommonOptions, by_parts, checkpoint, judged, networks, run_command
-from faces import mouth_rectangle
+from data import mouth_rectangle
 from model import load_dit
 from runtime import Fail, opt
 from sample import STEPS, dub_student, tau
@@ -262,7 +262,7 @@ def trajectory(cfg, device):
     guidance pays, where they end, and two steps; beside them the student and the truth."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     recipe = distill.Config(**distill.PRESETS[cfg.config])
-    pairs = data.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
+    pairs = faces.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
     windows = Windows(teacher, pairs)
     looker = Looker(pairs, judge)
     steps, ends = look_at_steps(windows, looker)
@@ -297,7 +297,7 @@ def ablate(cfg, device):
         raise Fail(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
     teacher = checkpoint(cfg, "teacher")
     (judge,) = networks(cfg, device)
-    pairs = data.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device)
+    pairs = faces.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device)
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for name in wanted:

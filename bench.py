@@ -27,18 +27,18 @@ from torch.utils.benchmark import Timer
 
 import data
 import distill
+import faces
 import model
 import runtime
 import sample
 import syncnet
 import voices
-from data import to_float
-from faces import FPS, SPLITS, draw, dub_pair, mouth_rectangle
+from data import FPS, RATE, mouth_rectangle, to_float
+from faces import SPLITS, draw, dub_pair
 from model import load_dit
 from runtime import Fail, opt
 from sample import STEPS, dub_student, dub_teacher
 from syncnet import features, gaussian_distance, load_syncnet, measures, table
-from voices import RATE
 
 # The columns of the quality table and their digits. The first five are means over people, see
 # syncnet.measures. The last is the Fréchet distance between the dubs and the truths of all people,
@@ -173,7 +173,7 @@ def frechet_of_all(evaluation):
 
 
 def evaluate(dub, pairs, judge):
-    """dub (n, T, S, S, 3) uint8 of data.Pairs -> Evaluation."""
+    """dub (n, T, S, S, 3) uint8 of faces.Pairs -> Evaluation."""
     n = len(dub)
     values = {}
     for key, value in measures(dub, pairs, judge).items():
@@ -197,7 +197,7 @@ def summarize(evaluation):
 
 
 def judged(dub, pairs, judge):
-    """dub (n, T, S, S, 3) uint8 of data.Pairs -> a row of the table."""
+    """dub (n, T, S, S, 3) uint8 of faces.Pairs -> a row of the table."""
     return summarize(evaluate(dub, pairs, judge))
 
 
@@ -252,7 +252,7 @@ def quality(cfg, device):
     """The judge's table, and in what the student differs from each row of the teacher."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     size = student.cfg.size
-    pairs = data.held_out(cfg.clips, size, "held-out", device)
+    pairs = faces.held_out(cfg.clips, size, "held-out", device)
     found = {"truth": evaluate(pairs.truth, pairs, judge)}
 
     # The truth with only that changed which no sound decides: the teeth that show, say. A dub that
@@ -414,7 +414,7 @@ def long(cfg, device):
         dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
         mel = data.log_mel(truth.audio)
         mouth = torch.from_numpy(truth.mouth)
-        stream = data.Pairs(source.video, truth.video, mel, mouth)
+        stream = faces.Pairs(source.video, truth.video, mel, mouth)
         for end, where in ends.items():
             pairs[end].append([track.unflatten(0, (pieces, -1))[where] for track in stream])
             dubs[end].append(dub.unflatten(0, (pieces, -1))[where])
@@ -422,7 +422,7 @@ def long(cfg, device):
     rows = {}
     for end in ends:
         # From a list of people, each with all fields of Pairs, to fields with all people.
-        everyone = data.Pairs(*(torch.cat(field).to(device) for field in zip(*pairs[end])))
+        everyone = faces.Pairs(*(torch.cat(field).to(device) for field in zip(*pairs[end])))
         rows[f"truth, {end}"] = judged(everyone.truth, everyone, judge)
         rows[f"student, {end}"] = judged(torch.cat(dubs[end]).to(device), everyone, judge)
     table("minute", rows, COLUMNS)
@@ -446,8 +446,9 @@ def mean_seconds(work, rounds):
 def training(recipe, device):
     """Seconds of a teacher step, and of a student's with its critic updates."""
     expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
-    watch = data.held_out(1, recipe.size, "watch", device)
-    clips = data.Clips(recipe.size, 8, device)
+    watch = faces.held_out(1, recipe.size, "watch", device)
+    people = faces.drawn_clips("train", recipe.size, 4 * data.CLIP_LATENTS, device)
+    clips = data.Clips(people, 8, recipe.size, device)
     with tempfile.TemporaryDirectory() as folder:
         recipe = dataclasses.replace(recipe, out=folder, teacher_steps=24, dmd_steps=12)
         # On a GPU a stage of thousands of steps is compiled, so these few are, too.

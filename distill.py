@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 
 import data
+import faces
+import media
 import model as nn_model
 import runtime
 import sample
@@ -402,7 +404,7 @@ def set_up(cfg):
     runtime.free_space(cfg.out, 500 << 20)
     DiT(network_of(cfg))  # Fail now, not after the experts
     if cfg.folder:
-        data.mp4s(cfg.folder)
+        media.mp4s(cfg.folder)
     for path in (cfg.teacher, cfg.start):
         if path and load_dit(path, like=cfg).stage != "teacher":
             raise Fail(f"{path}: a causal student cannot teach; name a teacher.pt")
@@ -417,10 +419,15 @@ def set_up(cfg):
 def load_clips(cfg, split, device):
     """Clips to train on; of real people only if there is a --folder, and never for the judge."""
     start = time.time()
+    frames = 4 * data.CLIP_LATENTS
+    n = cfg.clips
     if split == "judge":
-        clips = data.Clips(cfg.size, min(cfg.clips, JUDGE_CLIPS), device, split)
+        n = min(n, JUDGE_CLIPS)
+    if cfg.folder and split != "judge":
+        found = media.recorded(cfg.folder, cfg.size, frames)
     else:
-        clips = data.Clips(cfg.size, cfg.clips, device, split, cfg.folder)
+        found = faces.drawn_clips(split, cfg.size, frames, device)
+    clips = data.Clips(found, n, cfg.size, device)
     print(f"data: {len(clips.video)} clips ({split}), {time.time() - start:.0f} s", flush=True)
     return clips
 
@@ -449,7 +456,7 @@ def save_stage(cfg, stage, net):
 
 def closing_table(cfg, teacher, student, judge, device):
     """Held-out people dubbed to other words, by the teacher and by the student."""
-    pairs = data.held_out(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
+    pairs = faces.held_out(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
     teachers = sample.dub_teacher(teacher, pairs.source, pairs.mel, latents=cfg.latents)
     students = dub_student(student, pairs.source, pairs.mel)
     rows = {
@@ -462,7 +469,7 @@ def closing_table(cfg, teacher, student, judge, device):
     )
     syncnet.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharp=2, frechet=2))
 
-    _, clip = data.dub_pair(0, pairs.source.shape[1], cfg.size)
+    _, clip = faces.dub_pair(0, pairs.source.shape[1], cfg.size)
     for _ in range(2):  # the first warms up
         fps, ttff = sample.clock(sample.stream(student, clip.video, clip.audio), device)
     print(f"The student streams {fps:.0f} frames a second, the first after {1000 * ttff:.1f} ms.")
@@ -474,7 +481,7 @@ def main(argv):
     dtype = runtime.fast_dtype(device)
     where = f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
     print(f"{where}; results in {cfg.out}/", flush=True)
-    val = data.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
+    val = faces.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
     expert_cfg = syncnet.Config(size=cfg.size)
 
     # 1. The judge. It learns from people whom nothing else sees.
@@ -527,7 +534,7 @@ def main(argv):
             path = save_stage(cfg, "student", net)
         student = load_dit(path, device, like=cfg).to(dtype)
         if rank() == 0:
-            pairs = [data.dub_pair(i, 96, cfg.size) for i in range(3)]
+            pairs = [faces.dub_pair(i, 96, cfg.size) for i in range(3)]
             sample.side_by_side(f"{cfg.out}/sample.mp4", student, pairs)
             closing_table(cfg, teacher.to(dtype), student, judge, device)
             print(f"{cfg.out}/sample.mp4: source | dub | truth; curves.png: how training went")

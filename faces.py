@@ -1,32 +1,33 @@
-"""A drawn world of talking people, so that there is no data to download: `draw` makes pictures of
-lips that go with the speech of voices.py. So we own what no recorded data set has: the same
-person, pose and blinks with *another* sound (`dub_pair`), which is what a dub should give. `python
-data.py` shows some. And where the mouth lies in a picture, and the face in a frame of a video.
+"""A drawn world of talking people, so that there is no data to download.
 
-Only the middle three quarters of a picture of S x S pixels matter, cut at half height: the
-rectangle *above* (eyes, which tell the pose) is always known, and the *mouth rectangle* below,
-S/2 x 3S/4, holds the mask. Tokens tile the mouth rectangle, and the lip-sync expert looks at
-nothing else.
+    python faces.py             # out/faces/clips.mp4 and sheet.png: some of the people
+
+`draw` makes pictures of lips that go with the speech of voices.py. So we own what no recorded data
+set has: the same person, pose and blinks with *another* sound (`dub_pair`), which is what a dub
+should give.
 """
 
+import dataclasses
+import itertools
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import matplotlib.image
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime import Fail
+from data import FPS, log_mel, mouth_mask
+from media import write_video
+from runtime import free_space, opt, options, run
 from voices import LIPS_FPS, speak
 
-FPS = 25  # video frames a second
 # Nobody is in two of these: the judge has never seen the people that anything else is trained on,
 # training curves and choices are made on `watch`, and what is reported is of `held-out`.
 SPLITS = {"train": 0, "judge": 10_000_000, "held-out": 20_000_000, "watch": 30_000_000}
 ZOOM = 1.2  # the camera is this near, so that the mouth gets the pixels,
 LIFT = 0.15  # and looks this far down, in halves of the picture
 SWAY = 0.3  # share of their motion that heads keep, since a camera follows them
-ASIDE = 0.15  # the mouth mask leaves out this share of the picture at either side
 
 
 def wander(rng, t, slowest, fastest):
@@ -67,34 +68,6 @@ def person(seed):
         strength=u(0.65, 1.25), tilt=rng.normal(0, 0.05), smile=rng.normal(0.01, 0.025),
         show=u(0.5, 1.3),
     )  # fmt: skip
-
-
-def mouth_mask(size):
-    """(size, size) float32 in 0..1, on the CPU: the weight of the dub where it is laid over the
-    source. Soft over a 24th of the side, so that no edge shows. What the sound decides is where it
-    is above 0: all of that is hidden from the network, which paints it."""
-    x = (torch.arange(size) + 0.5) / size
-    across = ((x - ASIDE) * 24).clamp(0, 1) * ((1 - ASIDE - x) * 24).clamp(0, 1)
-    down = ((x - 0.53) * 24).clamp(0, 1) * ((0.99 - x) * 24).clamp(0, 1)
-    return down[:, None] * across
-
-
-def middle(video):
-    """(..., S, S, 3) -> (..., S, 3S/4, 3): above in the upper half, the mouth rectangle below."""
-    side = video.shape[-2]
-    return video[..., side // 8 : side - side // 8, :]
-
-
-def mouth_rectangle(video):
-    """(..., S, S, 3) -> its mouth rectangle (..., S/2, 3S/4, 3)."""
-    return middle(video)[..., video.shape[-3] // 2 :, :, :]
-
-
-def paste(rectangle, video):
-    """Put mouth rectangles (..., S/2, 3S/4, 3) into videos (..., S, S, 3) -> new videos."""
-    out = video.clone()
-    mouth_rectangle(out).copy_(rectangle)
-    return out
 
 
 def ellipse(x, y, rx, ry):
@@ -283,44 +256,48 @@ def dub_pair(index, frames, size, split="held-out", language=None, device="cpu")
     return source, draw(seed, frames, size, text=seed + 1, speech=speech, device=device)
 
 
-def centred(height, width):
-    side = min(height, width)
-    return (width - side) // 2, (height - side) // 2, side
+def drawn_clips(split, size, frames, device):
+    """The people of a split without end, as data.Clips takes them: (video, audio, shape) each."""
+    for i in itertools.count():
+        yield draw(SPLITS[split] + 2 * i, frames, size, device=device)
 
 
-def square(frame, size, box=None):
-    """Cut box (x, y, side; default: the largest centred square) out of frame (H, W, 3) uint8 and
-    resize it -> (size, size, 3)."""
-    x, y, side = box or centred(*frame.shape[:2])
-    cut = frame[y : y + side, x : x + side]
-    if side == size:
-        return cut
-    cut = cut.permute(2, 0, 1)[None].float()
-    out = F.interpolate(cut, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return out[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+class Pairs(NamedTuple):
+    """Dubs to be made, and their answer."""
+
+    source: torch.Tensor  # (n, T, S, S, 3) uint8
+    truth: torch.Tensor  # the same people saying what `mel` says
+    mel: torch.Tensor  # (n, 4 T, MELS), the truth's sound
+    mouth: torch.Tensor  # (n, T, 2), the truth's opening and width, see Clip
 
 
-def parse_box(text, frame):
-    """A text, X,Y,SIDE -> (x, y, side) in pixels of frame (H, W, 3); none: the centred square."""
-    height, width = frame.shape[:2]
-    if not text:
-        return centred(height, width)
-    try:
-        x, y, side = (int(part) for part in text.split(","))
-    except ValueError:
-        raise Fail(f"--box {text}: give three whole numbers, X,Y,SIDE") from None
-    if min(x, y) < 0 or side < 16 or x + side > width or y + side > height:
-        raise Fail(f"--box {text}: not inside the picture of {width}x{height}, or under 16 pixels")
-    return x, y, side
+def held_out(n, size, split, device, latents=24):
+    """Pairs of n people of `split`, who say other words."""
+    clips = [dub_pair(i, 4 * latents, size, split, device=device) for i in range(n)]
+    source = torch.stack([source.video for source, _ in clips])
+    truth = torch.stack([truth.video for _, truth in clips])
+    mel = torch.stack([log_mel(truth.audio) for _, truth in clips])
+    mouth = torch.stack([torch.from_numpy(truth.mouth) for _, truth in clips])
+    return Pairs(source.to(device), truth.to(device), mel.to(device), mouth.to(device))
 
 
-def paste_box(frame, dub, box, mask):
-    """Put dub (S, S, 3) uint8 into frame (H, W, 3) uint8 at box, through the mask (side, side, 1).
-    The rest stays as it was."""
-    x, y, side = box
-    how = dict(mode="bicubic", align_corners=False, antialias=side < dub.shape[0])
-    dub = F.interpolate(dub.permute(2, 0, 1)[None].float(), (side, side), **how)[0]
-    frame = frame.clone()
-    cut = frame[y : y + side, x : x + side]
-    cut.copy_(torch.lerp(cut.float(), dub.permute(1, 2, 0), mask).round().clamp(0, 255))
-    return frame
+@dataclasses.dataclass
+class Options:
+    out: str = opt("out/faces", "folder")
+
+
+def main(argv):
+    cfg = options(Options, argv, __doc__)
+    free_space(cfg.out)
+    clips = [draw(SPLITS["held-out"] + 2 * i, 96, 128) for i in range(8)]
+    rows = [torch.cat(list(clip.video[::12]), 1) for clip in clips]
+    matplotlib.image.imsave(f"{cfg.out}/sheet.png", torch.cat(rows).numpy())
+    sound = np.concatenate([clip.audio for clip in clips])
+    with write_video(f"{cfg.out}/clips.mp4", (128, 128), sound) as put:
+        for frame in torch.cat([clip.video for clip in clips]):
+            put(frame.numpy())
+    print(f"{cfg.out}/sheet.png: 8 moments of 8 people; {cfg.out}/clips.mp4: with sound")
+
+
+if __name__ == "__main__":
+    run(main)

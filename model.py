@@ -1,6 +1,6 @@
 """The network: one diffusion transformer (DiT) for teacher and student; only attention differs.
 
-A token covers 4 frames x p x p pixels of the mouth rectangle (see faces.py), P = 12 p p values; L =
+A token covers 4 frames x p x p pixels of the mouth rectangle (see data.py), P = 12 p p values; L =
 T / 4 latent frames of N tokens. (The paper's: 4 x 16 x 16 pixels.) The network predicts the clean
 pixels x0, as arXiv 2511.13720 does. A token is the sum of three embeddings: its noisy patch; the
 source there, the mouth hidden, with the patch half a square above it, for the pose; a *reference*,
@@ -18,8 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import runtime
-from data import AUDIO_AHEAD, AUDIO_BACK, MELS, to_pixels, to_tokens
-from faces import mouth_mask, mouth_rectangle
+from data import AUDIO_AHEAD, AUDIO_BACK, MELS, mouth_mask, mouth_rectangle, to_pixels, to_tokens
 from runtime import Fail, opt
 
 SEEN, HEARD = 128, 128  # values that a patch of the conditions, and a frame's sound, come down to
@@ -265,7 +264,7 @@ class DiT(nn.Module):
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.head.weight.dtype)
 
     def embed(self, source, reference, heard, drop=None):
-        """source, reference (B, T, S, 3S/4, 3) in [-1, 1], see faces.middle; heard (B, back + 16 L
+        """source, reference (B, T, S, 3S/4, 3) in [-1, 1], see data.middle; heard (B, back + 16 L
         + ahead, MELS), see data.hearing; drop (B,) bool: whose sound is withheld -> Cond."""
         parts = *source.chunk(2, 2), *reference.chunk(2, 2)
         above, known, *reference = (to_tokens(x, self.cfg.patch) for x in parts)

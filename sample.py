@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,29 +23,30 @@ import numpy as np
 import torch
 
 import data
+import media
 import runtime
 import voices
-from data import AUDIO_AHEAD, AUDIO_BACK, to_float, to_pixels, to_uint8
-from faces import (
+from data import (
+    AUDIO_AHEAD,
+    AUDIO_BACK,
     FPS,
-    SPLITS,
-    draw,
+    RATE,
     middle,
     mouth_mask,
     mouth_rectangle,
-    parse_box,
     paste,
-    paste_box,
-    square,
-)  # fmt: skip
+    to_float,
+    to_pixels,
+    to_uint8,
+)
+from faces import SPLITS, draw, dub_pair
+from media import parse_box, paste_box, square
 from model import Cache, Cond, has_kernel, load_dit
 from runtime import Fail, mixed, opt
 from syncnet import find_weights
-from voices import RATE
 
 SHIFT = 5.0  # of the time grid (paper: 5)
 STEPS = 50  # of the teacher's grid (paper: 50)
-TMPDIR = "set TMPDIR to a folder on a larger disk"
 FACE_SECONDS, FACE_SCALE = 8, 3  # of a drawn person who says something
 LEAN = 0.1, 0.2  # how far a token's first frame leans to the one before: in a chunk, at its start
 
@@ -329,26 +329,19 @@ def clock(frames_of, device):
 
 
 def play(path, total):
-    """Yield `total` frames of a video, back and forth if it is shorter: then it is read again, into
-    a file on disk, not into memory."""
-    for n, frame in enumerate(itertools.islice(data.read_video(path), total), 1):
+    """Yield `total` frames of a video. If it is shorter, it is read again from its start, as often
+    as it takes, and a line on stderr says so."""
+    length = 0
+    for frame in itertools.islice(media.read_video(path), total):
         yield frame
-    if n == total - 1:  # rounding
-        yield frame
-    if n >= total - 1:
-        return
-    runtime.free_space(tempfile.gettempdir(), n * frame.numel(), TMPDIR)
-    try:
-        with tempfile.TemporaryFile() as spool:
-            for frame in data.read_video(path):
-                spool.write(frame.numpy())
-            for k in range(n, total):
-                k %= max(1, 2 * n - 2)
-                spool.seek((k if k < n else 2 * n - 2 - k) * frame.numel())
-                raw = bytearray(spool.read(frame.numel()))
-                yield torch.frombuffer(raw, dtype=torch.uint8).view(frame.shape)
-    except OSError as e:
-        raise Fail(f"{tempfile.gettempdir()}: {e.strerror}; {TMPDIR}") from None
+        length += 1
+    missing = total - length
+    if missing == 1:
+        yield frame  # the sound's length was rounded up to a whole frame
+    elif missing > 1:
+        media.warn(f"{path}: shorter than the sound; it is played again from its start")
+        again = itertools.chain.from_iterable(media.read_video(path) for _ in itertools.count())
+        yield from itertools.islice(again, missing)
 
 
 def dub_face(net, cfg, audio):
@@ -360,7 +353,7 @@ def dub_face(net, cfg, audio):
     total = -(-len(audio) * FPS // RATE)
     source = (there_and_back[i % len(there_and_back)] for i in range(total))
     side = FACE_SCALE * net.cfg.size
-    with data.write_video(cfg.out, (side, side), audio) as put:
+    with media.write_video(cfg.out, (side, side), audio) as put:
         for frames in stream(net, source, audio, cfg.seed, cfg.compile == "on"):
             for frame in frames:
                 put(square(frame, side).numpy())
@@ -383,7 +376,7 @@ def dub_file(net, cfg, audio):
 
     size, begun, to_pipe = (first.shape[1], first.shape[0]), time.time(), cfg.out == "-"
     pipe = contextlib.nullcontext(sys.stdout.buffer.write)
-    with pipe if to_pipe else data.write_video(cfg.out, size, audio) as put:
+    with pipe if to_pipe else media.write_video(cfg.out, size, audio) as put:
         # Blended once, at the frame's own size.
         dubs = stream(net, squares(), audio, cfg.seed, cfg.compile == "on", blend=False)
         for frames in dubs:
@@ -404,7 +397,7 @@ def side_by_side(path, net, pairs, seed=0, compile=False):
         sheet += [torch.cat(list(v[6::12][:8]), 1) for v in (source.video, dub, truth.video)]
     sound = np.concatenate([truth.audio for _, truth in pairs])
     frames = torch.cat(frames).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    with data.write_video(path, (frames.shape[2], frames.shape[1]), sound) as put:
+    with media.write_video(path, (frames.shape[2], frames.shape[1]), sound) as put:
         for frame in frames:
             put(frame.numpy())
     half = max(1, scale // 2)
@@ -447,9 +440,9 @@ def main(argv):
     if device.type == "cuda":
         print(f"attention: {'kernels.py' if net.fused else 'dense'}", file=sys.stderr)
     if cfg.video or cfg.audio or cfg.text:
-        said = voices.say(cfg.text, cfg.voice) if cfg.text else data.Sound(cfg.audio or cfg.video)
+        said = voices.say(cfg.text, cfg.voice) if cfg.text else media.Sound(cfg.audio or cfg.video)
         return dub_file(net, cfg, said) if cfg.video else dub_face(net, cfg, said)
-    pairs = [data.dub_pair(1000 + cfg.seed, 96, net.cfg.size)]
+    pairs = [dub_pair(1000 + cfg.seed, 96, net.cfg.size)]
     side_by_side(cfg.out, net, pairs, cfg.seed, cfg.compile == "on")
     print(f"{cfg.out} (and .png): source | dub | truth, a face and a voice never seen in training")
 

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 
 import data
 import runtime
-from data import to_float
-from faces import FPS, mouth_mask, mouth_rectangle, parse_box, square
+from data import FPS, RATE, mouth_mask, mouth_rectangle, to_float
+from media import Sound, parse_box, read_video, square
 from model import sound_tower
 from runtime import Fail, opt
-from voices import RATE
 
 SPAN = 5  # video frames that one decision looks at
 REACH = 15  # offsets -15..15 video frames
@@ -158,9 +157,9 @@ def reward_weights(reward, rectangle, mel, beta):
 
 @torch.no_grad()
 def measures(dub, pairs, judge):
-    """Dubs (n, T, S, S, 3) uint8 of data.Pairs -> a dict of (n,) tensors: sync_c; psnr in the mask;
-    landmark: mean error of the mouth's opening and width, in percent of the side; gain: slope of
-    the opening over the truth's, under 1 for a mumbler; sharp: 1 if as sharp as the truth."""
+    """Dubs (n, T, S, S, 3) uint8 of faces.Pairs -> a dict of (n,) tensors: sync_c; psnr in the
+    mask; landmark: mean error of the mouth's opening and width, in percent of the side; gain: slope
+    of the opening over the truth's, under 1 for a mumbler; sharp: 1 if as sharp as the truth."""
     rows = []
     videos = dub.split(1), pairs.truth.split(1)  # one by one: whatever the batch, it fits
     for one, true, mel, drawn in zip(*videos, pairs.mel.split(1), pairs.mouth.split(1)):
@@ -222,7 +221,7 @@ def table(first, rows, columns):
 
 @torch.no_grad()
 def evaluate(net, val):
-    """How an expert does on data.Pairs: words that say how often it finds the offset, and its
+    """How an expert does on faces.Pairs: words that say how often it finds the offset, and its
     Sync-C of the right sound and of another clip's."""
     rectangle = mouth_rectangle(val.truth)
     right, _, offset = score(net, rectangle, val.mel)
@@ -236,7 +235,7 @@ def evaluate(net, val):
 
 def train(path, cfg, clips, steps, seed, val, **remembered):
     """Train an expert on data.Clips and save it to `path`, with what is to be remembered of it;
-    print how it does on data.Pairs."""
+    print how it does on faces.Pairs."""
     start = time.time()
     name = Path(path).stem
     device = clips.video.device
@@ -307,9 +306,9 @@ def main(argv):
         raise Fail("which clip? --video CLIP.mp4; --help shows examples")
     device = runtime.find_device(cfg.device)
     net = load_syncnet(find_weights("judge", cfg.weights), device)
-    audio = data.Sound(cfg.audio or cfg.video)
+    audio = Sound(cfg.audio or cfg.video)
     box, frames = None, []
-    for frame in data.read_video(cfg.video):
+    for frame in read_video(cfg.video):
         box = box or parse_box(cfg.box, frame)
         frames.append(mouth_rectangle(square(frame, net.cfg.size, box)))
     n = min(len(frames), len(audio) * FPS // RATE)

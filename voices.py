@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from data import RATE
 from runtime import Fail, free_space, opt, options, run
 
-RATE = 16000  # audio samples a second
 LIPS_FPS = 200  # rows of the lips' tracks a second
 LEAD = 8  # rows (40 ms) that the lips are ahead of the sound: one shapes the mouth, then speaks
 SIGMA = 8.0  # rows (40 ms): how far one phone's shape reaches into its neighbours'

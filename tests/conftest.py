@@ -17,6 +17,7 @@ import analysis
 import bench
 import data
 import distill
+import faces
 import model
 import runtime
 import syncnet
@@ -59,20 +60,22 @@ def tiny(cfg):
 
 @pytest.fixture(scope="session")
 def clips(cfg):
-    return data.Clips(cfg.size, cfg.clips, CPU, latents=16)
+    people = faces.drawn_clips("train", cfg.size, 64, CPU)
+    return data.Clips(people, cfg.clips, cfg.size, CPU, latents=16)
 
 
 @pytest.fixture(scope="session")
 def watch(cfg):
-    return data.held_out(2, cfg.size, "watch", CPU, 6)
+    return faces.held_out(2, cfg.size, "watch", CPU, 6)
 
 
 @pytest.fixture(scope="session")
 def expert_file(tmp_path_factory, cfg):
     """A SyncNet trained for seconds on drawn clips: enough to find an offset."""
     path = tmp_path_factory.mktemp("sync") / "judge.pt"
-    few = data.Clips(cfg.size, 60, CPU, latents=24)
-    held_out = data.held_out(4, cfg.size, "watch", CPU, 12)
+    people = faces.drawn_clips("train", cfg.size, 96, CPU)
+    few = data.Clips(people, 60, cfg.size, CPU, latents=24)
+    held_out = faces.held_out(4, cfg.size, "watch", CPU, 12)
     syncnet.train(path, syncnet.Config(size=cfg.size), few, 160, 3, held_out)
     return path
 

@@ -50,7 +50,8 @@ def test_the_kernel_and_the_graph_stream_the_same(tiny):
 
 
 def test_a_compiled_training_step_is_the_eager_one(tiny, cfg):
-    clips, rng = data.Clips(cfg.size, 4, CUDA, latents=16), torch.Generator(CUDA)
+    people = faces.drawn_clips("train", cfg.size, 64, CUDA)
+    clips, rng = data.Clips(people, 4, cfg.size, CUDA, latents=16), torch.Generator(CUDA)
     batch, one = clips.draw(4, cfg, rng), torch.tensor(1.0, device=CUDA)
     noise = torch.randn(4, cfg.latents, *tiny.mask.shape, device=CUDA)
     t = torch.rand(4, 1, device=CUDA).clamp(0.1)

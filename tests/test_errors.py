@@ -12,6 +12,7 @@ import torch
 import data
 import distill
 import faces
+import media
 import runtime
 
 
@@ -21,7 +22,7 @@ def files(tmp_path_factory, student_file, expert_file):
     d = tmp_path_factory.mktemp("files")
     clip = faces.draw(1, 24, 32)
     for name, frames, sound in (("good", 24, clip.audio), ("mute", 24, None), ("short", 8, None)):
-        with data.write_video(d / f"{name}.mp4", (32, 32), sound) as put:
+        with media.write_video(d / f"{name}.mp4", (32, 32), sound) as put:
             for frame in clip.video[:frames]:
                 put(frame.numpy())
     soundfile.write(d / "good.wav", clip.audio, data.RATE)
@@ -63,7 +64,7 @@ sample --speed 3: unrecognized arguments: --speed
 sample --device abacus: --device abacus
 syncnet --video good.mp4 --weights student: a checkpoint of kind dit, where syncnet is needed
 syncnet --video short.mp4 --audio good.wav --weights expert: 8 frames with sound are too few
-data --out /dev/null/x: cannot be written
+faces --out /dev/null/x: cannot be written
 distill --band_first 40 --band_last 20: --band_first before --band_last
 distill --band-first 30: unrecognized arguments: --band-first
 distill --init_steps 0: --init_steps 0 is too small
@@ -96,7 +97,7 @@ def test_too_little_disk(tmp_path, monkeypatch):
     full = type("Usage", (), dict(free=4096))
     monkeypatch.setattr(runtime.shutil, "disk_usage", lambda folder: full)
     with pytest.raises(runtime.Fail, match="0 MB free"):
-        data.write_video(tmp_path / "x.mp4", (32, 32)).__enter__()
+        media.write_video(tmp_path / "x.mp4", (32, 32)).__enter__()
     with pytest.raises(runtime.Fail, match="0 MB free"):
         runtime.save(tmp_path / "x.pt")
     assert not list(tmp_path.iterdir())

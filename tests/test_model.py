@@ -10,7 +10,7 @@ import data
 import faces
 import model
 import sample
-from faces import mouth_mask
+from data import mouth_mask
 from model import Cache, visible
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -57,10 +57,10 @@ def test_a_change_leaves_earlier_chunks_bit_identical(tiny, parts, k):
 @pytest.mark.parametrize("size, patch", [(32, 8), (64, 8), (64, 16), (96, 8)])
 def test_tokens_tile_the_mouth_rectangle(size, patch):
     video = torch.randint(256, (2, 8, size, size, 3), dtype=torch.uint8)
-    rectangle = faces.mouth_rectangle(video)
+    rectangle = data.mouth_rectangle(video)
     assert torch.equal(rectangle, video[:, :, size // 2 :, size // 8 : -(size // 8)])
-    assert torch.equal(faces.paste(rectangle, video), video)
-    assert not mouth_mask(size)[(faces.paste(rectangle + 1, video) == video)[0, 0, :, :, 0]].any()
+    assert torch.equal(data.paste(rectangle, video), video)
+    assert not mouth_mask(size)[(data.paste(rectangle + 1, video) == video)[0, 0, :, :, 0]].any()
     tokens, n = data.to_tokens(rectangle, patch), model.n_tokens(model.Config(size, patch))
     assert tokens.shape == (2, 2, n, 12 * patch**2)
     assert torch.equal(data.to_pixels(tokens, patch), rectangle)
@@ -77,12 +77,12 @@ def test_outside_the_mask_the_source_is_kept_and_inside_it_is_not_read(tiny, siz
     video, mask = torch.rand(1, 12, size, size, 3) * 2 - 1, mouth_mask(size)[:, :, None]
     heard = data.hearing(torch.randn(1, 48, data.MELS))
     reference = torch.rand(1, 12, size, size * 3 // 4, 3)
-    cond = net.embed(faces.middle(video), reference, heard)
+    cond = net.embed(data.middle(video), reference, heard)
     x0 = net(torch.randn_like(cond.known), 0.9, cond)
-    out = faces.paste(data.to_pixels(x0, 8), video)
+    out = data.paste(data.to_pixels(x0, 8), video)
     assert ((out == video) | (mask > 0)).all() and not torch.allclose(out, video, atol=0.05)
     hidden = torch.where(mask > 0, torch.rand_like(video), video)
-    again = net.embed(faces.middle(hidden), reference, heard)
+    again = net.embed(data.middle(hidden), reference, heard)
     assert torch.equal(again.tokens, cond.tokens) and torch.equal(again.known, cond.known)
 
 
@@ -95,8 +95,8 @@ def test_two_dubs_of_one_person_look_the_same_to_the_network(size):
     heard = data.hearing(torch.randn(1, 48, data.MELS))
     conds = []
     for clip in (source, truth):
-        video = data.to_float(faces.middle(clip.video[None]))
-        reference = data.to_float(faces.middle(source.video[None]))
+        video = data.to_float(data.middle(clip.video[None]))
+        reference = data.to_float(data.middle(source.video[None]))
         conds.append(net.embed(video, reference, heard))
     edge = (mouth_mask(size) > 0) & (mouth_mask(size) < 1)
     assert (source.video[:, edge] != truth.video[:, edge]).any()
@@ -114,7 +114,7 @@ def test_squares_are_added_where_they_overlap(tiny):
     for r, c in itertools.product(range(2), range(3)):
         canvas[..., 8 * r : 8 * r + 12, 8 * c : 8 * c + 12] += squares[:, r, c]
     inner = canvas[..., 2:-2, 2:-2].permute(0, 1, 3, 4, 2).reshape(1, 8, 16, 24, 3)
-    mask = (faces.mouth_rectangle(mouth_mask(32)[:, :, None]) > 0).float()
+    mask = (data.mouth_rectangle(mouth_mask(32)[:, :, None]) > 0).float()
     out = tiny.to_x0(x, torch.stack([shift, scale], 2), known)
     torch.testing.assert_close(data.to_pixels(out - known, 8), mask * inner, atol=1e-5, rtol=0)
 

@@ -12,12 +12,14 @@ import soundfile
 import torch
 
 import data
+import media
 import model
 import runtime
 import sample
 import voices
-from faces import draw, mouth_mask, paste_box
-from voices import RATE
+from data import RATE, mouth_mask
+from faces import draw
+from media import paste_box
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -117,15 +119,19 @@ def test_first_frames_lean_towards_the_ones_before():
 
 
 @pytest.mark.parametrize("seconds", [0, 3])
-def test_a_short_picture_is_played_back_and_forth(tmp_path, seconds):
+def test_a_short_picture_is_played_again_from_its_start(tmp_path, seconds, capsys):
     """Also where the file's own sound outlasts it, whatever the container says."""
     sound = np.zeros(seconds * RATE, np.float32) if seconds else None
-    with data.write_video(tmp_path / "a.mp4", (32, 32), sound) as put:
+    path = tmp_path / "a.mp4"
+    with media.write_video(path, (32, 32), sound) as put:
         for i in range(25):
             put(np.full((32, 32, 3), 8 * i + 20, np.uint8))
-    played = sample.play(tmp_path / "a.mp4", 76)
+    played = sample.play(path, 76)
     seen = [round((frame.float().mean().item() - 20) / 8) for frame in played]
-    assert seen == [*range(25), *range(23, 0, -1), *range(25), 23, 22, 21]
+    assert seen == [*range(25), *range(25), *range(25), 0]
+    assert capsys.readouterr().err.count("shorter than the sound; it is played again") == 1
+    held = [round((frame.float().mean().item() - 20) / 8) for frame in sample.play(path, 26)]
+    assert held == [*range(25), 24] and not capsys.readouterr().err  # but for rounding
 
 
 def test_a_checkpoint_keeps_the_weights_and_the_landing(tmp_path, tiny):
@@ -159,11 +165,11 @@ def test_dubbing_a_recording(tmp_path, student_file):
     soundfile.write(sound, np.stack([clicks, clicks], 1), 44100)
     words = f"--video {video} --audio {sound} --out {out} --box 40,30,100 --weights {student_file}"
     sample.main(words.split())
-    frames, heard = torch.stack(list(data.read_video(out))), data.Sound(out)[:]
+    frames, heard = torch.stack(list(media.read_video(out))), media.Sound(out)[:]
     assert frames.shape == (78, 144, 176, 3)  # 3.1 s is 77.5 frames
     counted = (frames[:37, 8, :, 0] > 128).sum(1) / 3 - 1  # of those that were not played back
     assert (counted - torch.arange(37) * 29.97 / 25).abs().max() < 1.5
-    change = (frames.int() - next(data.read_video(video)).int()).abs().float()[:, 16:]
+    change = (frames.int() - next(media.read_video(video)).int()).abs().float()[:, 16:]
     inside = torch.zeros(128, 176, dtype=torch.bool)
     inside[64:116, 50:132] = True
     assert change[:, ~inside].mean() < 4 and change[:, 79:104, 65:115].mean() > 8
@@ -192,27 +198,27 @@ def test_a_drawn_person_says_a_sound_file_or_a_text(tmp_path, student_file, caps
     videos = []
     for given in (["--audio", str(wav)], ["--text", "Guten Tag", "--voice", "de"]):
         sample.main([*given, *spoken, "--face", "7"])
-        videos.append(torch.stack(list(data.read_video(out))))
+        videos.append(torch.stack(list(media.read_video(out))))
     seconds = soundfile.info(wav).duration
     assert len(videos[0]) == pytest.approx(25 * seconds, abs=1.5)
     assert videos[0].shape == videos[1].shape and videos[0].shape[1:] == (96, 96, 3)
-    assert np.abs(data.Sound(out)[:]).max() > 0.1 and "--face 7" in capsys.readouterr().out
+    assert np.abs(media.Sound(out)[:]).max() > 0.1 and "--face 7" in capsys.readouterr().out
 
 
 def test_frames_to_a_pipe_whose_reader_may_leave_early(tmp_path, student_file):
     clip, path = draw(21, 24, 32), tmp_path / "a.mp4"
-    with data.write_video(path, (32, 32), clip.audio) as put:
+    with media.write_video(path, (32, 32), clip.audio) as put:
         list(map(put, clip.video.numpy()))
     command = f"{sys.executable} {sample.__file__} --video {path} --out - --weights {student_file}"
     done = subprocess.run(command.split(), capture_output=True)
     assert done.returncode == 0 and b"frames a second" in done.stderr
-    assert len(done.stdout) == -(-len(data.Sound(path)) // 640) * 32 * 32 * 3
+    assert len(done.stdout) == -(-len(media.Sound(path)) // 640) * 32 * 32 * 3
     piped = ["bash", "-c", f"set -o pipefail; {command} | head -c 100 | wc -c"]
     early = subprocess.run(piped, capture_output=True, text=True)
     assert early.stdout.strip() == "100" and "Traceback" not in early.stderr
 
 
-SCRIPTS = ["voices", "data", "syncnet", "sample", "distill", "bench", "analysis"]
+SCRIPTS = ["voices", "faces", "syncnet", "sample", "distill", "bench", "analysis"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 import data
 import faces
+import media
 import runtime
 import syncnet
-from data import log_mel, to_float
-from faces import mouth_rectangle
+from data import log_mel, mouth_rectangle, to_float
 
 SEED = faces.SPLITS["held-out"] + 500  # people whom the expert has never seen
 
@@ -57,7 +57,8 @@ def test_a_long_clip_is_scored_in_parts(expert):
 
 def test_nobody_measured_recorded_mouths(cfg, watch, tmp_path):
     """An expert that has seen none reads none: a teacher is not shown what it makes up."""
-    few = data.Clips(cfg.size, 2, torch.device("cpu"), latents=6)
+    people = faces.drawn_clips("train", cfg.size, 24, "cpu")
+    few = data.Clips(people, 2, cfg.size, "cpu", latents=6)
     few.shape[:] = torch.nan
     syncnet.train(tmp_path / "a.pt", syncnet.Config(size=32), few, 2, 0, watch)
     net = syncnet.load_syncnet(tmp_path / "a.pt")
@@ -66,10 +67,10 @@ def test_nobody_measured_recorded_mouths(cfg, watch, tmp_path):
 
 def test_a_judge_from_the_command_line(tmp_path, expert_file, capsys):
     clip = faces.draw(SEED + 200, 72, 64)
-    with data.write_video(tmp_path / "a.mp4", (64, 64), clip.audio) as put:
+    with media.write_video(tmp_path / "a.mp4", (64, 64), clip.audio) as put:
         for frame in clip.video:
             put(frame.numpy())
-    soundfile.write(tmp_path / "late.wav", np.roll(clip.audio, 4 * 640), faces.RATE)
+    soundfile.write(tmp_path / "late.wav", np.roll(clip.audio, 4 * 640), data.RATE)
     for more in ([], [f"--audio={tmp_path}/late.wav"]):
         syncnet.main([f"--video={tmp_path}/a.mp4", f"--weights={expert_file}", *more])
     own, late = capsys.readouterr().out.strip().splitlines()[-2:]

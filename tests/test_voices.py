@@ -109,7 +109,7 @@ def test_the_bundled_student_moves_its_mouth_for_a_person():
     """One recorded sentence; the opening as the judge reads it against what the phones ask for."""
     student, judge = load_dit(SMALL / "student.pt"), syncnet.load_syncnet(SMALL / "judge.pt")
     audio, lips, phones = next(bench.recorded_sentences())
-    person, T = faces.SPLITS["held-out"], len(audio) * 25 // voices.RATE
+    person, T = faces.SPLITS["held-out"], len(audio) * 25 // data.RATE
     truth = faces.draw(person, T, student.cfg.size, speech=(audio, lips))
     source = faces.draw(person, T, student.cfg.size)
     dub = torch.cat(list(sample.stream(student, source.video, audio)))

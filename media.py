@@ -1,0 +1,302 @@
+"""Real files in and out, by ffmpeg; and the face in a frame of a video.
+
+Whatever a file holds, its picture comes out as frames (H, W, 3) uint8 RGB at 25 a second, and its
+sound as mono float32 samples at 16 kHz, both on the file's own clock.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import imageio_ffmpeg
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+
+from data import FPS, RATE
+from runtime import Fail, free_space, need_file
+
+# A second output that throws everything away. While all tracks are in use, time 0 of each is the
+# file's. Otherwise MPEG-TS starts each track at its own time 0, and sound and picture part.
+ALL_TRACKS = ["-map", "0:v?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
+# Puts each sound at its time, with silence where there is none. Less than a frame off is jitter.
+ON_TIME = "aresample=async=1:first_pts=0:min_hard_comp=0.04"
+# A mean of the channels, which cannot be louder than the loudest one.
+TO_MONO = "rematrix_maxval=1"
+# Without these flags, colours are up to 3 levels off.
+EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
+
+
+@functools.cache
+def warn(line):
+    """Print a line on stderr, once, however often the file that it is about is opened."""
+    print(line, file=sys.stderr)
+
+
+def ffmpeg(*words):
+    """The command line of ffmpeg with these arguments."""
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-hide_banner", "-nostdin", *words]
+
+
+def reason(complaint):
+    """The first line of what ffmpeg complains of (bytes), without the part of it that complains."""
+    text = re.sub(rb"^(\[.*?\] )+", b"", complaint).decode(errors="replace").strip()
+    if not text:
+        return "it is empty"
+    return text.splitlines()[0]
+
+
+@contextlib.contextmanager
+def running(failure, command, **pipes):
+    """Run ffmpeg inside a `with`, and end it with that.
+
+    EOFError and BrokenPipeError inside mean that ffmpeg gave up: they become a Fail, which says
+    `failure` and ffmpeg's reason."""
+    with tempfile.TemporaryFile() as complaint:
+        process = subprocess.Popen(command, stderr=complaint, start_new_session=True, **pipes)
+        try:
+            yield process
+        except (EOFError, BrokenPipeError):
+            process.communicate()
+            complaint.seek(0)
+            raise Fail(f"{failure} ({reason(complaint.read())})") from None
+        finally:
+            process.kill()
+            process.communicate()
+
+
+class Track(NamedTuple):
+    """The picture or the sound of a file, in ffmpeg's words."""
+
+    source: list  # the arguments that open the file
+    select: list  # the arguments that choose the track
+    about: str  # codec, format, size, ...: what ffmpeg says of it
+
+
+def track(path, kind):
+    """Find the picture or the sound (`kind`) of a file -> Track. Of several, the default one.
+
+    A line on stderr says so, or that the file is broken off. Fail: the file has no such track."""
+    need_file(path)
+    source = ["-i", f"file:{path}"]  # without "file:", a:b.mp4 is taken for an address
+    command = ffmpeg("-v", "info", *source, *ALL_TRACKS)
+    report = subprocess.run(command, capture_output=True).stderr
+    text = report.decode(errors="replace")
+    about_input = text.partition("Output #0")[0]
+    word = "Video" if kind == "picture" else "Audio"
+    tracks = re.findall(rf"(?m)^ +Stream #(0:\d+).*?: {word}: (.*)", about_input)
+    # The cover of an album is a picture, but no video.
+    tracks = [(number, about) for number, about in tracks if "attached pic" not in about]
+    if not tracks:
+        why = "it has none" if "Input #0" in text else reason(report)
+        raise Fail(f"{path}: no {kind} could be read ({why})")
+    defaults = [(number, about) for number, about in tracks if "(default)" in about]
+    number, about = (defaults or tracks)[0]
+    if len(tracks) > 1:
+        warn(f"{path}: {len(tracks)} tracks of {kind}; {number} is taken ({about})")
+    warn_if_broken_off(path, text)
+    return Track(source, ["-map", number], about)
+
+
+def warn_if_broken_off(path, text):
+    """Say so if ffmpeg, according to its report, read less of a file than the file promises."""
+    times = re.findall(r"(?:Duration: |time=)(\d+):(\d+):([\d.]+)", text)
+    seconds = [3600 * int(h) + 60 * int(m) + float(s) for h, m, s in times]
+    if not seconds or "Estimating duration" in text:
+        return
+    promised = seconds[0]
+    read = seconds[-1]
+    if read < promised - 0.5:
+        warn(f"{path}: broken off: {read:.1f} s of {promised:.1f} s could be read")
+
+
+class Sound:
+    """The sound of any file that ffmpeg reads, as mono float32 at 16 kHz, from the file's time 0:
+    `len(sound)`, `sound[a:b]`. An hour takes 230 MB. Fail: there is none, or it holds NaN."""
+
+    def __init__(self, path):
+        self.track = track(path, "sound")
+        mono = ["-af", f"{ON_TIME}:{TO_MONO}", "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
+        command = ffmpeg(*self.track.source, *self.track.select, *mono, *ALL_TRACKS)
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode or not done.stdout:
+            raise Fail(f"{path}: no sound could be read ({reason(done.stderr)})")
+        self.samples = np.frombuffer(done.stdout, np.float32).copy()  # bytes cannot be written to
+        if not np.isfinite(self.samples).all():
+            raise Fail(f"{path}: some samples are NaN or infinite; export it again as 16-bit")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, where):
+        return self.samples[where]
+
+
+def read_video(path):
+    """Yield the frames of a video, (H, W, 3) uint8, at 25 a second, holding one at a time. Fail: it
+    is not a video.
+
+    ffmpeg drops or repeats frames by their time stamps, so that other rates, such as 29.97, do not
+    drift. Pixels become square, and HDR becomes SDR. Colours without a tag are taken for bt709 from
+    720 rows on and else for bt601, as players do."""
+    picture = track(path, "picture")
+    if re.search("(top|bottom)( coded)? first", picture.about):
+        warn(f"{path}: interlaced, and the combs stay; deinterlace it first (ffmpeg -vf yadif)")
+    look = f"scale=w='max(iw,trunc(iw*sar/2)*2)':h='max(ih,trunc(ih/sar/2)*2)':{EXACT}"
+    size = re.search(r", \d+x(\d+)", picture.about)
+    rows = int(size[1]) if size else 0
+    tagged = re.search(r"[( ](bt|smpte|fcc)\w*[/,)]", picture.about)
+    if re.search("smpte2084|arib-std-b67", picture.about):
+        warn(f"{path}: HDR, made SDR: what is brighter than white paper is cut off")
+        look = f"zscale=primaries=bt709:transfer=bt709:npl=203,format=gbrp,{look}"
+    elif rows >= 720 and not tagged:
+        look += ":in_color_matrix=bt709"
+    frames = ["-vf", f"fps={FPS}:start_time=0,{look}", "-pix_fmt", "rgb24"]
+    frames += ["-c:v", "ppm", "-f", "image2pipe", "-"]
+    command = ffmpeg(*picture.source, *picture.select, *frames, *ALL_TRACKS)
+    frame = None
+    failure = f"{path}: no picture could be read"
+    with running(failure, command, stdout=subprocess.PIPE) as reader:
+        # A PPM is a line with P6, one with the size, one with 255, and the pixels.
+        while reader.stdout.readline():
+            width, height = map(int, reader.stdout.readline().split())
+            reader.stdout.readline()
+            frame = torch.empty(height, width, 3, dtype=torch.uint8)
+            if reader.stdout.readinto(frame.numpy()) == frame.numel():
+                yield frame
+        if frame is None:
+            raise EOFError
+
+
+@contextlib.contextmanager
+def write_video(path, size, audio=None):
+    """`with write_video(path, (width, height), audio) as put: put(frame)`: H.264 at 25 fps and AAC.
+    frames (H, W, 3) uint8; audio: samples at 16 kHz, or a Sound, whose file is read again, so that
+    its rate and channels are kept.
+
+    The video is written beside `path` and renamed when it is whole. An odd side gets one more row
+    or column, black, since players want H.264 to have even ones."""
+    path = Path(path)
+    if path.suffix.lower() not in (".mp4", ".mov", ".mkv") or path.is_dir():
+        raise Fail(f"{path}: write to a file whose name ends in .mp4")
+    free_space(path.parent)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        if isinstance(audio, np.ndarray):
+            soundfile.write(f"{folder}/sound.wav", audio, RATE)
+            audio = Sound(f"{folder}/sound.wav")
+        partial = Path(folder) / path.name
+        width, height = size
+        frames = ["-f", "rawvideo", "-pix_fmt", "rgb24"]
+        frames += ["-s", f"{width}x{height}", "-r", str(FPS), "-i", "-"]
+        look = f"pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709:out_range=tv:{EXACT}"
+        tags = "range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+        picture = ["-vf", f"{look},format=yuv420p,setparams={tags}"]
+        coding = ["-c:v", "libx264", "-crf", "10", "-c:a", "aac", "-movflags", "+faststart"]
+        coding += [f"file:{partial}"]
+        if audio is None:
+            command = ffmpeg(*frames, *picture, "-map", "0:v", *coding)
+        else:
+            # The sound's file is input 0, so that what chooses its track holds here, too.
+            sound = [*audio.track.select, "-af", ON_TIME]
+            mapped = [*picture, "-map", "1:v", *sound]
+            command = ffmpeg(*audio.track.source, *frames, *mapped, *coding, *ALL_TRACKS)
+        with running(f"{path}: ffmpeg stopped writing", command, stdin=subprocess.PIPE) as writer:
+
+            def put(frame):
+                writer.stdin.write(np.ascontiguousarray(frame))
+
+            yield put
+            writer.communicate()
+            if writer.returncode:
+                raise EOFError
+            next(read_video(partial))  # Fail if ffmpeg could not finish it, for want of room say
+        os.replace(partial, path)
+
+
+def mp4s(folder):
+    """The paths of the mp4 files in a folder, in order. Fail: there is none."""
+    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() == ".mp4")
+    if not paths:
+        raise Fail(f"{folder}: no mp4 there; name a folder that holds some, or drop --folder")
+    return paths
+
+
+def recorded(folder, size, frames):
+    """Yield consecutive clips of the mp4s in a folder, cut to their centred square, as data.Clips
+    takes them: (video (T, S, S, 3) uint8, audio (640 T,), NaN, since nobody measured the mouth).
+    Fail: no mp4 is long enough."""
+    samples = frames * RATE // FPS
+    in_all = 0
+    for path in mp4s(folder):
+        try:
+            audio = Sound(path)
+            video = read_video(path)
+            found = 0
+            for first in range(0, len(audio) - samples + 1, samples):
+                taken = [square(frame, size) for frame in itertools.islice(video, frames)]
+                if len(taken) < frames:
+                    break
+                found += 1
+                in_all += 1
+                yield torch.stack(taken), audio[first : first + samples], torch.nan
+            if not found:
+                print(f"left out: {path}: shorter than {frames / FPS:.1f} s")
+        except Fail as e:
+            print(f"left out, or the rest of it: {e}")
+    if not in_all:
+        raise Fail(f"{folder}: no mp4 with {frames / FPS:.1f} s of picture and sound in it")
+
+
+def centred(height, width):
+    """The largest centred square of a picture: (x, y, side) in pixels."""
+    side = min(height, width)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def square(frame, size, box=None):
+    """Cut the box (x, y, side) out of frame (H, W, 3) uint8 and resize it -> (size, size, 3) uint8.
+    Without a box it is the largest centred square."""
+    x, y, side = box or centred(*frame.shape[:2])
+    cut = frame[y : y + side, x : x + side]
+    if side == size:
+        return cut
+    cut = cut.permute(2, 0, 1)[None].float()
+    resized = F.interpolate(cut, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return resized[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+
+
+def parse_box(text, frame):
+    """A text, X,Y,SIDE -> (x, y, side) in pixels of frame (H, W, 3). An empty text is the largest
+    centred square. Fail: it is no box inside the frame."""
+    height, width = frame.shape[:2]
+    if not text:
+        return centred(height, width)
+    try:
+        x, y, side = (int(part) for part in text.split(","))
+    except ValueError:
+        raise Fail(f"--box {text}: give three whole numbers, X,Y,SIDE") from None
+    if min(x, y) < 0 or side < 16 or x + side > width or y + side > height:
+        raise Fail(f"--box {text}: not inside the picture of {width}x{height}, or under 16 pixels")
+    return x, y, side
+
+
+def paste_box(frame, dub, box, mask):
+    """Lay dub (S, S, 3) uint8, resized, over the box (x, y, side) of frame (H, W, 3) uint8, through
+    the mask (side, side, 1) in 0..1 -> a new frame. Outside the mask it stays as it was."""
+    x, y, side = box
+    shrinks = side < dub.shape[0]
+    dub = dub.permute(2, 0, 1)[None].float()
+    dub = F.interpolate(dub, (side, side), mode="bicubic", antialias=shrinks, align_corners=False)
+    frame = frame.clone()
+    cut = frame[y : y + side, x : x + side]
+    blended = torch.lerp(cut.float(), dub[0].permute(1, 2, 0), mask)
+    cut.copy_(blended.round().clamp(0, 255))
+    return frame
