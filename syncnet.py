@@ -318,9 +318,9 @@ def main(argv):
     c, d, offset = (x.item() for x in score(net, torch.stack(frames[:n])[None].to(device), mel))
     late = f"{offset:+d} frames ({1000 * offset // FPS:+d} ms)"
     print(f"Sync-C {c:.3f}  Sync-D {d:.3f}  offset {late}  over {n} frames")
-    if c < 0.2:
+    if c < 0.12:
         print("So low means that mouth and sound do not go together, that --box is not on the face")
-        print("(hairline to chin), or that it is not a drawn one. (Drawn people: about .7.)")
+        print("(hairline to chin), or that it is not a drawn one. (Drawn people: about .3.)")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def expert_file(tmp_path_factory, cfg):
     people = faces.drawn_clips("train", cfg.size, 96, CPU)
     few = data.Clips(people, 60, cfg.size, CPU, latents=24)
     held_out = faces.held_out(4, cfg.size, "watch", CPU, 12)
-    syncnet.train(path, syncnet.Config(size=cfg.size), few, 160, 3, held_out)
+    syncnet.train(path, syncnet.Config(size=cfg.size), few, 320, 3, held_out)
     return path
 
 

@@ -73,7 +73,8 @@ def test_a_judge_from_the_command_line(tmp_path, expert_file, capsys):
     soundfile.write(tmp_path / "late.wav", np.roll(clip.audio, 4 * 640), data.RATE)
     for more in ([], [f"--audio={tmp_path}/late.wav"]):
         syncnet.main([f"--video={tmp_path}/a.mp4", f"--weights={expert_file}", *more])
-    own, late = capsys.readouterr().out.strip().splitlines()[-2:]
+    lines = capsys.readouterr().out.splitlines()
+    own, late = [line for line in lines if line.startswith("Sync-C")]
     assert "offset +0 frames" in own and "offset +4 frames (+160 ms)" in late
 
 
