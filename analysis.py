@@ -22,8 +22,8 @@ import sample
 from bench import COLUMNS, CommonOptions, by_parts, checkpoint, judged, networks, run_command
 from data import mouth_rectangle
 from model import load_dit
-from runtime import Fail, opt
-from sample import STEPS, dub_student, tau
+from runtime import UserError, opt
+from sample import STEPS, dub_student, grid_time
 from syncnet import table
 
 PEOPLE = {"trajectory": 12, "ablate": 64}  # how many there are unless --clips is given
@@ -84,13 +84,13 @@ class Windows:
         self.source = pairs.source
         self.count = len(conds)
         self.cond = model.Cond(*(torch.cat(field) for field in zip(*conds)))
-        self.noise = sample.seeded(0)(self.cond.known)
+        self.noise = sample.seeded(0)(self.cond.masked_source)
 
     @torch.no_grad()
     def guess(self, x_t, j, guidance):
         """The teacher's x0 at step j of the grid, all windows of all clips at once."""
-        with runtime.mixed(self.teacher):
-            return sample.guided(self.teacher, x_t, tau(j), self.cond, guidance).float()
+        with runtime.autocast(self.teacher):
+            return sample.cfg_predict(self.teacher, x_t, grid_time(j), self.cond, guidance).float()
 
     def walk(self, scales):
         """Yields the guess of x0 at each Euler step, guided by scales[j] at step j. The last one is
@@ -99,12 +99,14 @@ class Windows:
         for j, guidance in enumerate(scales):
             x0 = self.guess(x_t, j, guidance)
             yield x0
-            x_t = x_t + (tau(j + 1) - tau(j)) * sample.to_velocity(x_t, x0, tau(j))
+            x_t = x_t + (grid_time(j + 1) - grid_time(j)) * sample.to_velocity(
+                x_t, x0, grid_time(j)
+            )
 
     def second_guess(self, first, landing, guidance):
         """The guess after one long Euler step from noise towards the `first` guess, to `landing`.
         (That is the first guess mixed with the noise.)"""
-        x_t = sample.add_noise(first, self.noise, tau(landing))
+        x_t = sample.add_noise(first, self.noise, grid_time(landing))
         return self.guess(x_t, landing, guidance)
 
     def frames(self, x0):
@@ -294,7 +296,7 @@ def ablate(cfg, device):
     words = [word.strip() for word in cfg.only.split(",")]
     wanted = [name for name in VARIANTS if any(word in name for word in words)]
     if not wanted:
-        raise Fail(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
+        raise UserError(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
     teacher = checkpoint(cfg, "teacher")
     (judge,) = networks(cfg, device)
     pairs = faces.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device)

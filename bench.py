@@ -34,16 +34,16 @@ import sample
 import syncnet
 import voices
 from data import FPS, RATE, mouth_rectangle, to_float
-from faces import SPLITS, draw, dub_pair
+from faces import SPLITS, dub_pair, render_clip
 from model import load_dit
-from runtime import Fail, opt
+from runtime import UserError, opt
 from sample import STEPS, dub_student, dub_teacher
-from syncnet import features, gaussian_distance, load_syncnet, measures, table
+from syncnet import compute_metrics, features, gaussian_distance, load_syncnet, table
 
 # The columns of the quality table and their digits. The first five are means over people, see
-# syncnet.measures. The last is the Fréchet distance between the dubs and the truths of all people,
-# see syncnet.frechet; a plain one grows as the number of people falls, so its bias is removed here
-# by the jackknife, see frechet_of_all. What is left may lie a little below zero.
+# syncnet.compute_metrics. The last is the Fréchet distance between the dubs and the truths of all
+# people, see syncnet.frechet; a plain one grows as the number of people falls, so its bias is
+# removed here by the jackknife, see frechet_of_all. What is left may lie a little below zero.
 COLUMNS = {"sync_c": 3, "psnr": 2, "landmark": 2, "gain": 2, "sharp": 2, "frechet": 2}
 PEOPLE = {"quality": 64, "speech": 3, "long": 4}  # how many there are unless --clips is given
 RESAMPLES = 1000  # of the people, for the interval of a difference between two rows
@@ -96,7 +96,9 @@ def checkpoint(cfg, name):
         if path.is_file():
             print(f"{name}: {path}", file=sys.stderr, flush=True)
             return path
-    raise Fail(f"{folder}: no {name}.pt; --weights names a folder that holds one, out/tiny say")
+    raise UserError(
+        f"{folder}: no {name}.pt; --weights names a folder that holds one, out/tiny say"
+    )
 
 
 def networks(cfg, device, *names):
@@ -127,7 +129,7 @@ class Moments(NamedTuple):
 class Evaluation(NamedTuple):
     """What the judge finds in the dubs of n people."""
 
-    values: dict  # {measure: (n,) numpy}, see syncnet.measures
+    values: dict  # {measure: (n,) numpy}, see syncnet.compute_metrics
     dub: Moments
     truth: Moments
 
@@ -176,7 +178,7 @@ def evaluate(dub, pairs, judge):
     """dub (n, T, S, S, 3) uint8 of faces.Pairs -> Evaluation."""
     n = len(dub)
     values = {}
-    for key, value in measures(dub, pairs, judge).items():
+    for key, value in compute_metrics(dub, pairs, judge).items():
         values[key] = value.cpu().double().numpy()
     return Evaluation(
         values=values,
@@ -261,7 +263,7 @@ def quality(cfg, device):
     for i in range(cfg.clips):
         seed = SPLITS["held-out"] + 2 * i  # as dub_pair numbers people and words
         detail = seed + 1_000_000
-        clip = draw(seed, 96, size, text=seed + 1, detail=detail, device=device)
+        clip = render_clip(seed, 96, size, text=seed + 1, detail=detail, device=device)
         other_detail.append(clip.video)
     found["truth, other detail"] = evaluate(torch.stack(other_detail), pairs, judge)
 
@@ -335,8 +337,8 @@ def best_lag(curves):
 @torch.no_grad()
 def mouth_opening(judge, video):
     """How far the mouth of video (T, S, S, 3) uint8 opens, read by the judge -> (T,) numpy."""
-    with runtime.mixed(judge):
-        _, _, mouth = judge.watch(to_float(mouth_rectangle(video[None])))
+    with runtime.autocast(judge):
+        _, _, mouth = judge.encode_video(to_float(mouth_rectangle(video[None])))
     return mouth[0, :, 0].double().cpu().numpy()
 
 
@@ -359,8 +361,8 @@ def follow_a_reader(people, judge, student):
         person = SPLITS["held-out"] + 2 * (SPEAKERS + i)
         for audio, lips, phones in recorded_sentences():
             T = len(audio) * FPS // RATE
-            source = draw(person, T, size)
-            truth = draw(person, T, size, speech=(audio, lips))
+            source = render_clip(person, T, size)
+            truth = render_clip(person, T, size, speech=(audio, lips))
             for name, opening in read_openings(judge, student, source, truth).items():
                 curves[name].append(follow(opening, truth.mouth[:, 0]))
                 for group, values in openings_by_sound(opening, phones).items():
@@ -446,7 +448,7 @@ def mean_seconds(work, rounds):
 def training(recipe, device):
     """Seconds of a teacher step, and of a student's with its critic updates."""
     expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
-    watch = faces.held_out(1, recipe.size, "watch", device)
+    val = faces.held_out(1, recipe.size, "val", device)
     people = faces.drawn_clips("train", recipe.size, 4 * data.CLIP_LATENTS, device)
     clips = data.Clips(people, 8, recipe.size, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -454,8 +456,8 @@ def training(recipe, device):
         # On a GPU a stage of thousands of steps is compiled, so these few are, too.
         switch = "on" if device.type == "cuda" else "auto"
         teacher_recipe = dataclasses.replace(recipe, compile=switch)
-        teacher = distill.train_teacher(teacher_recipe, clips, expert, expert, watch)
-        distill.train_dmd(recipe, teacher, teacher, clips, expert, expert, watch)
+        teacher = distill.train_teacher(teacher_recipe, clips, expert, expert, val)
+        distill.train_dmd(recipe, teacher, teacher, clips, expert, expert, val)
         lines = Path(folder, "log.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     result = {}
@@ -472,7 +474,7 @@ def speed(cfg, device):
     dtype = runtime.fast_dtype(device)
     net = model.DiT(model.network_of(recipe)).to(device, dtype).eval()
     frames = 4 * recipe.latents  # that the teacher makes at once
-    clip = draw(SPLITS["held-out"], 2 * frames, recipe.size)
+    clip = render_clip(SPLITS["held-out"], 2 * frames, recipe.size)
     source = clip.video[None, :frames].to(device)
     mel = data.log_mel(clip.audio[: frames * RATE // FPS])[None].to(device)
 
@@ -531,7 +533,7 @@ def attention(cfg, device):
     c = dataclasses.replace(model.network_of(recipe), depth=1)
     net = model.DiT(c).to(device, dtype)
     block = net.blocks[0]
-    cache = model.Cache(net, 1)
+    cache = model.KVCache(net, 1)
     held = c.sink + c.window - c.chunk  # latent frames in the cache
     places = c.sink + c.window  # and with the chunk's own
     cache.frames = list(range(held))
@@ -540,29 +542,16 @@ def attention(cfg, device):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
 
     def stream_attention(fused):
-        return model.attention(
-            q,
-            k,
-            v,
-            q_scale=block.q_scale,
-            k_scale=block.k_scale,
-            rope=net.rope,
-            cfg=c,
-            causal=False,
-            cache=cache,
-            fused=fused,
-            layer=0,
-            store=False,
-        )
+        return block.attention(q, k, v, net.rope, c, cache=cache, fused=fused)
 
     def in_window(batch, head, query, key):
         return key < places * N
 
     def flexible():
-        cache.store(model.qk_norm(k, block.k_scale), v, 0)
+        cache.update(0, model.qk_norm(k, block.k_scale), v)
         keys, values = cache.kv[0].flatten(3, 4)
-        keys = model.rotate(keys, net.rope[:places])
-        queries = model.rotate(model.qk_norm(q, block.q_scale), net.rope[held:places])
+        keys = model.apply_rope(keys, net.rope[:places])
+        queries = model.apply_rope(model.qk_norm(q, block.q_scale), net.rope[held:places])
         return compiled(queries, keys, values, block_mask=mask)
 
     ways = {"dense": functools.partial(stream_attention, fused=False)}
@@ -599,7 +588,7 @@ def run_command(argv, commands, options, people, usage):
         print(usage)
         return
     if argv[0] not in commands:
-        raise Fail(f"{argv[0]}: no such command; one of {', '.join(commands)}")
+        raise UserError(f"{argv[0]}: no such command; one of {', '.join(commands)}")
     cfg = runtime.options(options, argv[1:], usage)
     cfg.clips = cfg.clips or people.get(argv[0], 0)
     runtime.free_space(cfg.out)

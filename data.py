@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime import Fail
+from runtime import UserError
 
 FPS = 25  # video frames a second
 RATE = 16000  # audio samples a second
 HOP = 160  # samples between mel frames: 100 a second, 4 to a video frame
+MEL_REACH = 120  # samples that a mel frame sees before and after its own HOP
 MELS = 40  # bands, 60 Hz to 7.6 kHz
 AUDIO_BACK = 16  # mel frames heard before a latent frame's own 16
 AUDIO_AHEAD = 12  # and after: the look-ahead, a part of the latency
@@ -47,7 +48,7 @@ def log_mel(audio):
     """audio (n,) in [-1, 1] at 16 kHz, n a multiple of 640 -> (n / 160, MELS) float, about -1..1.
 
     Mel frame m sees the samples 160 m - 120 .. 160 m + 280, zeros past the ends."""
-    audio = F.pad(torch.as_tensor(audio, dtype=torch.float32), (120, 120))
+    audio = F.pad(torch.as_tensor(audio, dtype=torch.float32), (MEL_REACH, MEL_REACH))
     window = torch.hann_window(400)
     spectrum = torch.stft(audio, 400, HOP, window=window, center=False, return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()
@@ -149,7 +150,7 @@ class Clips:
             self.video = torch.empty(n, T, size, size * 3 // 4, 3, dtype=torch.uint8, device=device)
         except RuntimeError:
             need = f"{n * T * size * size * 9 / 4e9:.0f} GB of memory"
-            raise Fail(f"{n} clips need {need}; --clips for fewer") from None
+            raise UserError(f"{n} clips need {need}; --clips for fewer") from None
         self.mel = torch.empty(n, 4 * T, MELS, device=device)
         self.shape = torch.empty(n, T, 2, device=device)
         found = 0
@@ -180,7 +181,7 @@ class Clips:
         mel_frames = 4 * start + torch.arange(4 * T, device=start.device)
         return self.video[clip, frames], self.mel[clip, mel_frames], self.shape[clip, frames]
 
-    def draw(self, B, cfg, rng):
+    def sample_batch(self, B, cfg, rng):
         """-> Batch of B random samples of cfg.latents latent frames. Each of their chunks has a
         reference, a chunk of another moment of the same clip, outside the sample: inside it, the
         reference would give the answer away. There is no loop over the batch, and nothing waits for

@@ -29,11 +29,11 @@ import syncnet
 from data import to_float, to_pixels, to_tokens
 from model import DiT, denoising_loss, load_dit, network_of, save_dit
 from runtime import (
-    Fail,
+    UserError,
     adam_w,
+    autocast,
     compiled,
     learning_rate,
-    mixed,
     opt,
     optimizer_step,
     rank,
@@ -41,7 +41,16 @@ from runtime import (
     update_ema,
     world_size,
 )
-from sample import add_noise, dub_student, guided, noise_like, rollout, shift, student_times, tau
+from sample import (
+    add_noise,
+    cfg_predict,
+    denoising_times,
+    dub_student,
+    grid_time,
+    noise_like,
+    rollout,
+    shift_time,
+)
 from syncnet import means, reward_weights
 
 AUDIO_DROP = 0.12  # of the teacher's clips are told nothing, for guidance
@@ -106,10 +115,10 @@ PRESETS = {
 }  # fmt: skip
 
 
-def times_like(batch, s, rng, lowest):
+def sample_times(batch, s, rng, lowest):
     """(B, 1) times from `lowest` to .999, uniform, then shifted by s."""
     u = torch.rand(len(batch.source), 1, generator=rng, device=rng.device)
-    return shift(u, s).clamp(lowest, 0.999)
+    return shift_time(u, s).clamp(lowest, 0.999)
 
 
 def embed(net, batch, drop=None):
@@ -134,7 +143,7 @@ def evaluate_student(student, val, judge):
     return means(dub_student(student, val.source, val.mel), val, judge)
 
 
-def seen_differently(reward, x0, batch, cfg):
+def perceptual_loss(reward, x0, batch, cfg):
     """syncnet.view_loss of a guess x0 against the truth, in half of the clips: that costs a tenth
     of a step."""
     half = slice(-(-len(x0) // 2))
@@ -153,7 +162,7 @@ def teacher_loss(net, reward, batch, noise, t, drop, cfg, edges, view):
     x0 = to_tokens(target(batch), cfg.patch)
     loss, guess = flow_loss(net, x0, noise, t, embed(net, batch, drop), cfg, edges)
     if view is not None:
-        loss = loss + view * seen_differently(reward, guess, batch, cfg)
+        loss = loss + view * perceptual_loss(reward, guess, batch, cfg)
     return loss
 
 
@@ -166,7 +175,7 @@ def train_teacher(cfg, clips, reward, judge, val):
     net = DiT(network_of(cfg)).to(device)
     if cfg.start:
         net.load_state_dict(load_dit(cfg.start).state_dict())
-    net.hear.load_state_dict(reward.sound.state_dict())
+    net.audio_encoder.load_state_dict(reward.sound.state_dict())
     ema = copy.deepcopy(net).requires_grad_(False)
 
     # Muon for the matrices of the blocks, where it learns in little over half the time.
@@ -198,11 +207,11 @@ def train_teacher(cfg, clips, reward, judge, val):
         if late == 0 and loss_of is teacher_loss:
             view = None  # spares a tenth of a step; a second graph would take as long to compile
 
-        batch = clips.draw(B, cfg, rng)
+        batch = clips.sample_batch(B, cfg, rng)
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
-        t = times_like(batch, cfg.t_shift, rng, LOWEST)
+        t = sample_times(batch, cfg.t_shift, rng, LOWEST)
         drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
-        with mixed(net):
+        with autocast(net):
             loss = loss_of(net, reward, batch, noise, t, drop, cfg, edges, view)
         loss.backward()
         muon_lr = learning_rate(cfg.muon_lr, step, steps)
@@ -226,7 +235,7 @@ def train_teacher(cfg, clips, reward, judge, val):
 
 def student_of(net, cfg):
     """A network of the same weights, with this config's chunk, window and times."""
-    student = DiT(network_of(cfg)).to(net.head.weight.device)
+    student = DiT(network_of(cfg)).to(net.final_layer.weight.device)
     student.load_state_dict(net.state_dict())
     return student
 
@@ -239,7 +248,7 @@ def init_loss(net, reward, batch, noise, t, cfg):
     noisy = (t > 0).float()
     loss = denoising_loss(net, guess, x0, noisy, cfg.edges)
     guess = torch.where(noisy[..., None, None] > 0, guess, x0)
-    return loss + cfg.view * seen_differently(reward, guess, batch, cfg)
+    return loss + cfg.view * perceptual_loss(reward, guess, batch, cfg)
 
 
 def train_init(cfg, teacher, clips, reward, judge, val):
@@ -253,7 +262,7 @@ def train_init(cfg, teacher, clips, reward, judge, val):
     adam = adam_w(net.parameters(), cfg.init_lr, betas=(0.9, 0.98))
 
     loss_of = compiled(init_loss, cfg.compile, device, steps)
-    levels = torch.tensor(student_times(cfg), device=device)
+    levels = torch.tensor(denoising_times(cfg), device=device)
     parts = dict(net=net, ema=ema, adam=adam)
     first = runtime.load_resume(cfg, "init", parts)
     log_every = max(1, steps // 40)
@@ -262,13 +271,13 @@ def train_init(cfg, teacher, clips, reward, judge, val):
     start = saved = time.time()
     for step in range(first, steps + 1):
         rng.manual_seed(step_seed(cfg.seed + 1, step))
-        batch = clips.draw(B, cfg, rng)
+        batch = clips.sample_batch(B, cfg, rng)
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
         shape = B, cfg.latents // cfg.chunk
         level = levels[torch.randint(len(levels), shape, generator=rng, device=device)]
         clean = torch.rand(shape, generator=rng, device=device) < INIT_CLEAN
         t = torch.where(clean, 0.0, level).repeat_interleave(cfg.chunk, 1)  # B L
-        with mixed(net):
+        with autocast(net):
             loss = loss_of(net, reward, batch, noise, t, cfg)
         loss.backward()
         norm = optimizer_step(net, {adam: learning_rate(cfg.init_lr, step, steps)})
@@ -292,7 +301,7 @@ def teacher_guidance(t, cfg):
     """(B, 1) times -> (B,): how far the teacher is guided there. The window (paper Eq. 6): j in
     [20, 40] of the grid, t in [.556, .882]. Nearer to noise there is no mouth yet to be moved,
     nearer to the picture it is settled: guidance there would only exaggerate it."""
-    inside = ((t >= tau(cfg.band_last)) & (t <= tau(cfg.band_first)))[:, 0]
+    inside = ((t >= grid_time(cfg.band_last)) & (t <= grid_time(cfg.band_first)))[:, 0]
     guide = dict(on=inside, off=inside & False, reversed=~inside, all=inside | True)
     return torch.where(guide[cfg.sync_window], cfg.guidance, 1.0)
 
@@ -316,15 +325,15 @@ def student_loss(cfg, X, batch, teacher, critic, reward, rng):
     """Move the dubs X by what the critic and the teacher, shown the same noisy X, differ in -> the
     loss, and X's mean Sync-C."""
     with torch.no_grad():
-        t = times_like(batch, cfg.dmd_shift, rng, LOWEST)
+        t = sample_times(batch, cfg.dmd_shift, rng, LOWEST)
         x_t = add_noise(X, noise_like(X, rng), t)
-        real = guided(teacher, x_t, t, embed(teacher, batch), teacher_guidance(t, cfg)).float()
+        real = cfg_predict(teacher, x_t, t, embed(teacher, batch), teacher_guidance(t, cfg)).float()
         fake = critic(x_t, t, embed(critic, batch)).float()
         g = dmd_gradient(fake, real, X)
         weight, c = reward_weights(reward, to_pixels(X, cfg.patch), batch.mel, cfg.beta)
     loss = dmd_loss(X, g, weight)
     if cfg.dmd_view:  # as the first DMD's regression (arXiv 2311.18828), in the expert's eyes
-        loss = loss + cfg.dmd_view * seen_differently(reward, X, batch, cfg)
+        loss = loss + cfg.dmd_view * perceptual_loss(reward, X, batch, cfg)
     return loss, c
 
 
@@ -351,18 +360,18 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, val):
         rng.manual_seed(step_seed(cfg.seed + 2, step))
         for turn in range(1, cfg.critic_updates + 1):
             students_turn = turn == cfg.critic_updates
-            batch = clips.draw(B, cfg, rng)
+            batch = clips.sample_batch(B, cfg, rng)
 
             # The student dubs the batch, up to one of its calls, drawn by chance: the same one in
             # all processes, so that none waits for another.
             chance = np.random.default_rng([cfg.seed, step, turn])
             exit_step = int(chance.integers(cfg.student_steps))
-            with torch.set_grad_enabled(students_turn), mixed(student):
+            with torch.set_grad_enabled(students_turn), autocast(student):
                 X = rollout(student, embed(student, batch), exit_step, rng)
 
             # The last of these turns trains the student ...
             if students_turn:
-                with mixed(student):
+                with autocast(student):
                     loss, c = student_loss(cfg, X, batch, teacher, critic, reward, rng)
                 loss.backward()
                 norm = optimizer_step(student, {adam: cfg.student_lr})
@@ -370,8 +379,8 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, val):
 
             # ... and every turn the critic.
             X = X.detach()
-            t = times_like(batch, cfg.dmd_shift, rng, LOWEST)
-            with mixed(critic):
+            t = sample_times(batch, cfg.dmd_shift, rng, LOWEST)
+            with autocast(critic):
                 cond = embed(critic, batch)
                 critic_loss, _ = critic_loss_of(critic, X, noise_like(X, rng), t, cond, cfg)
             critic_loss.backward()
@@ -397,22 +406,26 @@ def set_up(cfg):
     """Check what argparse cannot, and meet the other processes -> device."""
     most = data.CLIP_LATENTS - 2 * cfg.chunk  # which leaves room for a reference
     if cfg.latents % cfg.chunk or cfg.latents > most:
-        raise Fail(f"--latents {cfg.latents}: a multiple of --chunk {cfg.chunk}, at most {most}")
+        raise UserError(
+            f"--latents {cfg.latents}: a multiple of --chunk {cfg.chunk}, at most {most}"
+        )
     if not 0 < cfg.landing < 50 or not cfg.band_first < cfg.band_last <= 50:
-        raise Fail("--landing must lie in 1..49, and --band_first before --band_last, up to 50")
+        raise UserError(
+            "--landing must lie in 1..49, and --band_first before --band_last, up to 50"
+        )
     cfg.out = cfg.out or f"out/{cfg.config}"
     runtime.free_space(cfg.out, 500 << 20)
-    DiT(network_of(cfg))  # Fail now, not after the experts
+    DiT(network_of(cfg))  # UserError now, not after the experts
     if cfg.folder:
         media.mp4s(cfg.folder)
     for path in (cfg.teacher, cfg.start):
         if path and load_dit(path, like=cfg).stage != "teacher":
-            raise Fail(f"{path}: a causal student cannot teach; name a teacher.pt")
+            raise UserError(f"{path}: a causal student cannot teach; name a teacher.pt")
     runtime.keep_memory()
     runtime.join_others(cfg.device)
     if cfg.batch % world_size() or cfg.dmd_batch % world_size():
         batches = f"{cfg.batch} or {cfg.dmd_batch}"
-        raise Fail(f"{world_size()} processes do not share a batch of {batches}")
+        raise UserError(f"{world_size()} processes do not share a batch of {batches}")
     return runtime.find_device(cfg.device, cfg.precision)
 
 
@@ -481,7 +494,7 @@ def main(argv):
     dtype = runtime.fast_dtype(device)
     where = f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
     print(f"{where}; results in {cfg.out}/", flush=True)
-    val = faces.held_out(8, cfg.size, "watch", device, 24 // cfg.chunk * cfg.chunk)
+    val = faces.held_out(8, cfg.size, "val", device, 24 // cfg.chunk * cfg.chunk)
     expert_cfg = syncnet.Config(size=cfg.size)
 
     # 1. The judge. It learns from people whom nothing else sees.

@@ -2,9 +2,9 @@
 
     python faces.py             # out/faces/clips.mp4 and sheet.png: some of the people
 
-`draw` makes pictures of lips that go with the speech of voices.py. So we own what no recorded data
-set has: the same person, pose and blinks with *another* sound (`dub_pair`), which is what a dub
-should give.
+`render_clip` makes pictures of lips that go with the speech of voices.py. So we own what no
+recorded data set has: the same person, pose and blinks with *another* sound (`dub_pair`), which is
+what a dub should give.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from runtime import free_space, opt, options, run
 from voices import LIPS_FPS, speak
 
 # Nobody is in two of these: the judge has never seen the people that anything else is trained on,
-# training curves and choices are made on `watch`, and what is reported is of `held-out`.
-SPLITS = {"train": 0, "judge": 10_000_000, "held-out": 20_000_000, "watch": 30_000_000}
+# training curves and choices are made on `val`, and what is reported is of `held-out`.
+SPLITS = {"train": 0, "judge": 10_000_000, "held-out": 20_000_000, "val": 30_000_000}
 ZOOM = 1.2  # the camera is this near, so that the mouth gets the pixels,
 LIFT = 0.15  # and looks this far down, in halves of the picture
 SWAY = 0.3  # share of their motion that heads keep, since a camera follows them
@@ -176,7 +176,7 @@ class Painter:
             self.paint(self.cover(nostril) * 0.55, p.skin * 0.35)
 
     def mouth(self, *tracks):
-        """Lips, teeth and tongue from the tracks (T,) that draw makes."""
+        """Lips, teeth and tongue from the tracks (T,) that render_clip makes."""
         p = self.p
         self.rows = rows = slice(len(self.inside) // 2, None)
         shade, inside = self.shade[:, rows], self.inside[rows]
@@ -208,11 +208,11 @@ class Painter:
         self.paint(hole * seen, (1, 1, 1), 0.86 - 0.10 * ridges)
 
 
-def draw(seed, frames, size, text=None, speech=None, detail=None, device="cpu"):
+def render_clip(seed, frames, size, text=None, speech=None, detail=None, device="cpu"):
     """Draw a Clip of `frames` frames, size x size pixels, on `device`. `seed` decides the person,
     pose, blinks and voice; `text` (default: seed) the words and hence the lips; `detail` (default:
     text) what the sound does not decide, such as how much of the teeth shows.
-    `draw(seed, ..., text=other)` is the exact dub of `draw(seed, ...)`.
+    `render_clip(seed, ..., text=other)` is the exact dub of `render_clip(seed, ...)`.
 
     speech: (audio, lips), see voices.speak, to be said instead, in sound and lips."""
     text = seed if text is None else text
@@ -251,15 +251,15 @@ def dub_pair(index, frames, size, split="held-out", language=None, device="cpu")
     what a dubber is given, with truth.audio. Truth: what it should give back. `language`: another
     than the person's own, see voices.LANGUAGES."""
     seed = SPLITS[split] + 2 * index
-    source = draw(seed, frames, size, device=device)
+    source = render_clip(seed, frames, size, device=device)
     speech = speak(seed, seed + 1, frames / FPS, language)
-    return source, draw(seed, frames, size, text=seed + 1, speech=speech, device=device)
+    return source, render_clip(seed, frames, size, text=seed + 1, speech=speech, device=device)
 
 
 def drawn_clips(split, size, frames, device):
     """The people of a split without end, as data.Clips takes them: (video, audio, shape) each."""
     for i in itertools.count():
-        yield draw(SPLITS[split] + 2 * i, frames, size, device=device)
+        yield render_clip(SPLITS[split] + 2 * i, frames, size, device=device)
 
 
 class Pairs(NamedTuple):
@@ -289,7 +289,7 @@ class Options:
 def main(argv):
     cfg = options(Options, argv, __doc__)
     free_space(cfg.out)
-    clips = [draw(SPLITS["held-out"] + 2 * i, 96, 128) for i in range(8)]
+    clips = [render_clip(SPLITS["held-out"] + 2 * i, 96, 128) for i in range(8)]
     rows = [torch.cat(list(clip.video[::12]), 1) for clip in clips]
     matplotlib.image.imsave(f"{cfg.out}/sheet.png", torch.cat(rows).numpy())
     sound = np.concatenate([clip.audio for clip in clips])

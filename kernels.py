@@ -1,8 +1,9 @@
 """The stream's attention as one Triton kernel, for GPUs.
 
 A chunk's queries attend to the keys in the cache and to its own, each turned by its place in the
-window. In PyTorch's words (`attention` in model.py) that is 13 launches a block: copy and norm q
-and k; join new keys and values to those held; turn q and k (product, roll and sum each); attend:
+window. In PyTorch's words (`Block.attention` in model.py) that is 13 launches a block: copy and
+norm q and k; join new keys and values to those held; turn q and k (product, roll and sum each);
+attend:
 
                                       a pass at small      at the paper's 1.3B
     launches, dense -> here           78 -> 6              390 -> 30
@@ -27,18 +28,20 @@ import triton.language as tl
 
 
 @triton.jit
-def normed(a, b, scale, half, d: tl.constexpr):
+def layer_norm(a, b, scale, half, d: tl.constexpr):
     """QK-norm of the halves a, b (rows, d/2) of each row: layer norm, times scale (d,)."""
-    by_a = tl.load(scale + half).to(tl.float32)
-    by_b = tl.load(scale + d // 2 + half).to(tl.float32)
+    scale_a = tl.load(scale + half).to(tl.float32)
+    scale_b = tl.load(scale + d // 2 + half).to(tl.float32)
     mean = ((tl.sum(a, 1) + tl.sum(b, 1)) / d)[:, None]
-    a, b = a - mean, b - mean
-    r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / d + 1e-5)[:, None]
-    return a * r * by_a[None], b * r * by_b[None]
+    a = a - mean
+    b = b - mean
+    variance = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / d
+    r = tl.rsqrt(variance + 1e-5)[:, None]
+    return a * r * scale_a[None], b * r * scale_b[None]
 
 
 @triton.jit
-def turned(a, b, rope, row, half, inside, d: tl.constexpr):
+def apply_rope(a, b, rope, row, half, inside, d: tl.constexpr):
     """RoPE by the table's rows: cosines, then sines with a minus in their first half."""
     at = rope + row[:, None] * 2 * d + half[None]
     cos = tl.load(at, inside, 0.0).to(tl.float32)
@@ -47,35 +50,36 @@ def turned(a, b, rope, row, half, inside, d: tl.constexpr):
 
 
 @triton.jit
-def over(
-    state, qa, qb, k, v, stride, k_scale, rope,
+def attend(
+    m_i, l_i, out, q_a, q_b, k, v, stride, k_scale, rope,
     FIRST: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Walk over N keys and values; FIRST is the first one's row in the RoPE table."""
-    best, total, out = state
+    """Walk over N keys and values; FIRST is the first one's row in the RoPE table. m_i (the largest
+    score so far), l_i (the sum of weights) and out (the weighted sum of values) go on."""
     d: tl.constexpr = out.shape[1]
     half = tl.arange(0, d // 2)
     for start in range(0, N, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         inside = (row < N)[:, None]
         at = k + row[:, None] * stride + half[None]
-        a = tl.load(at, inside, 0.0).to(tl.float32)
-        b = tl.load(at + d // 2, inside, 0.0).to(tl.float32)
+        k_a = tl.load(at, inside, 0.0).to(tl.float32)
+        k_b = tl.load(at + d // 2, inside, 0.0).to(tl.float32)
         if NORM:
-            a, b = normed(a, b, k_scale, half, d)
-        a, b = turned(a, b, rope, FIRST + row, half, inside, d)
+            k_a, k_b = layer_norm(k_a, k_b, k_scale, half, d)
+        k_a, k_b = apply_rope(k_a, k_b, rope, FIRST + row, half, inside, d)
         # Summed in float32, and "ieee": factors in float32 are not cut to TF32.
-        score = tl.dot(qa, tl.trans(a.to(qa.dtype)), input_precision="ieee")
-        score = tl.dot(qb, tl.trans(b.to(qb.dtype)), score, input_precision="ieee")
+        score = tl.dot(q_a, tl.trans(k_a.to(q_a.dtype)), input_precision="ieee")
+        score = tl.dot(q_b, tl.trans(k_b.to(q_b.dtype)), score, input_precision="ieee")
         score = tl.where((row < N)[None], score, float("-inf"))
-        largest = tl.maximum(best, tl.max(score, 1))
+        largest = tl.maximum(m_i, tl.max(score, 1))
         weight = tl.exp2(score - largest[:, None])
-        shrink = tl.exp2(best - largest)
+        shrink = tl.exp2(m_i - largest)
         values = tl.load(v + row[:, None] * stride + tl.arange(0, d)[None], inside, 0.0)
         out *= shrink[:, None]
         out = tl.dot(weight.to(values.dtype), values, out, input_precision="ieee")
-        best, total = largest, total * shrink + tl.sum(weight, 1)
-    return best, total, out
+        m_i = largest
+        l_i = l_i * shrink + tl.sum(weight, 1)
+    return m_i, l_i, out
 
 
 @triton.jit
@@ -87,23 +91,35 @@ def kernel(
 ):  # fmt: skip
     """q, k, v (B, h, NEW, d) by strides; kept (B, h, places, d), normed; y (B, NEW, h, d)."""
     pair = tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    mine, kept = batch * per_batch + head * per_head, pair.to(tl.int64) * kept_per_head
-    half, row = tl.arange(0, d // 2), tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    batch = pair // heads
+    head = pair % heads
+    mine = batch * per_batch + head * per_head
+    kept = pair.to(tl.int64) * kept_per_head
+    half = tl.arange(0, d // 2)
+    row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = (row < NEW)[:, None]
+
     at = q + mine + row[:, None] * per_row + half[None]
-    a, b = tl.load(at, inside, 0.0), tl.load(at + d // 2, inside, 0.0)
-    qa, qb = normed(a.to(tl.float32), b.to(tl.float32), q_scale, half, d)
-    qa, qb = turned(qa, qb, rope, HELD + row, half, inside, d)
-    qa, qb = (qa * factor).to(a.dtype), (qb * factor).to(a.dtype)
-    best = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    state = best, tl.zeros_like(best), tl.zeros((BLOCK_Q, d), tl.float32)
-    past = kept_k + kept, kept_v + kept, d, k_scale, rope
-    now = k + mine, v + mine, per_row, k_scale, rope
-    state = over(state, qa, qb, *past, 0, HELD, False, BLOCK_K)
-    _, total, out = over(state, qa, qb, *now, HELD, NEW, True, BLOCK_K)
+    a = tl.load(at, inside, 0.0)
+    b = tl.load(at + d // 2, inside, 0.0)
+    q_a, q_b = layer_norm(a.to(tl.float32), b.to(tl.float32), q_scale, half, d)
+    q_a, q_b = apply_rope(q_a, q_b, rope, HELD + row, half, inside, d)
+    q_a = (q_a * factor).to(a.dtype)
+    q_b = (q_b * factor).to(a.dtype)
+
+    m_i = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    l_i = tl.zeros_like(m_i)
+    out = tl.zeros((BLOCK_Q, d), tl.float32)
+    m_i, l_i, out = attend(
+        m_i, l_i, out, q_a, q_b, kept_k + kept, kept_v + kept, d, k_scale, rope,
+        FIRST=0, N=HELD, NORM=False, BLOCK_K=BLOCK_K,
+    )  # fmt: skip
+    m_i, l_i, out = attend(
+        m_i, l_i, out, q_a, q_b, k + mine, v + mine, per_row, k_scale, rope,
+        FIRST=HELD, N=NEW, NORM=True, BLOCK_K=BLOCK_K,
+    )  # fmt: skip
     at = y + ((batch * NEW + row[:, None]) * heads + head) * d + tl.arange(0, d)[None]
-    tl.store(at, (out / total[:, None]).to(a.dtype), inside)
+    tl.store(at, (out / l_i[:, None]).to(a.dtype), inside)
 
 
 def blocks(wide, d, n):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from data import FPS, RATE
-from runtime import Fail, free_space, need_file
+from runtime import UserError, free_space, need_file
 
 # A second output that throws everything away. While all tracks are in use, time 0 of each is the
 # file's. Otherwise MPEG-TS starts each track at its own time 0, and sound and picture part.
@@ -58,7 +58,7 @@ def reason(complaint):
 def running(failure, command, **pipes):
     """Run ffmpeg inside a `with`, and end it with that.
 
-    EOFError and BrokenPipeError inside mean that ffmpeg gave up: they become a Fail, which says
+    EOFError and BrokenPipeError inside mean that ffmpeg gave up: they become a UserError that says
     `failure` and ffmpeg's reason."""
     with tempfile.TemporaryFile() as complaint:
         process = subprocess.Popen(command, stderr=complaint, start_new_session=True, **pipes)
@@ -67,7 +67,7 @@ def running(failure, command, **pipes):
         except (EOFError, BrokenPipeError):
             process.communicate()
             complaint.seek(0)
-            raise Fail(f"{failure} ({reason(complaint.read())})") from None
+            raise UserError(f"{failure} ({reason(complaint.read())})") from None
         finally:
             process.kill()
             process.communicate()
@@ -84,7 +84,7 @@ class Track(NamedTuple):
 def track(path, kind):
     """Find the picture or the sound (`kind`) of a file -> Track. Of several, the default one.
 
-    A line on stderr says so, or that the file is broken off. Fail: the file has no such track."""
+    A line on stderr says so, or that the file is broken off. UserError: it has no such track."""
     need_file(path)
     source = ["-i", f"file:{path}"]  # without "file:", a:b.mp4 is taken for an address
     command = ffmpeg("-v", "info", *source, *ALL_TRACKS)
@@ -97,7 +97,7 @@ def track(path, kind):
     tracks = [(number, about) for number, about in tracks if "attached pic" not in about]
     if not tracks:
         why = "it has none" if "Input #0" in text else reason(report)
-        raise Fail(f"{path}: no {kind} could be read ({why})")
+        raise UserError(f"{path}: no {kind} could be read ({why})")
     defaults = [(number, about) for number, about in tracks if "(default)" in about]
     number, about = (defaults or tracks)[0]
     if len(tracks) > 1:
@@ -120,7 +120,7 @@ def warn_if_broken_off(path, text):
 
 class Sound:
     """The sound of any file that ffmpeg reads, as mono float32 at 16 kHz, from the file's time 0:
-    `len(sound)`, `sound[a:b]`. An hour takes 230 MB. Fail: there is none, or it holds NaN."""
+    `len(sound)`, `sound[a:b]`. An hour takes 230 MB. UserError: there is none, or it holds NaN."""
 
     def __init__(self, path):
         self.track = track(path, "sound")
@@ -128,10 +128,10 @@ class Sound:
         command = ffmpeg(*self.track.source, *self.track.select, *mono, *ALL_TRACKS)
         done = subprocess.run(command, capture_output=True)
         if done.returncode or not done.stdout:
-            raise Fail(f"{path}: no sound could be read ({reason(done.stderr)})")
+            raise UserError(f"{path}: no sound could be read ({reason(done.stderr)})")
         self.samples = np.frombuffer(done.stdout, np.float32).copy()  # bytes cannot be written to
         if not np.isfinite(self.samples).all():
-            raise Fail(f"{path}: some samples are NaN or infinite; export it again as 16-bit")
+            raise UserError(f"{path}: some samples are NaN or infinite; export it again as 16-bit")
 
     def __len__(self):
         return len(self.samples)
@@ -141,8 +141,8 @@ class Sound:
 
 
 def read_video(path):
-    """Yield the frames of a video, (H, W, 3) uint8, at 25 a second, holding one at a time. Fail: it
-    is not a video.
+    """Yield the frames of a video, (H, W, 3) uint8, at 25 a second, holding one at a time.
+    UserError: it is not a video.
 
     ffmpeg drops or repeats frames by their time stamps, so that other rates, such as 29.97, do not
     drift. Pixels become square, and HDR becomes SDR. Colours without a tag are taken for bt709 from
@@ -186,7 +186,7 @@ def write_video(path, size, audio=None):
     or column, black, since players want H.264 to have even ones."""
     path = Path(path)
     if path.suffix.lower() not in (".mp4", ".mov", ".mkv") or path.is_dir():
-        raise Fail(f"{path}: write to a file whose name ends in .mp4")
+        raise UserError(f"{path}: write to a file whose name ends in .mp4")
     free_space(path.parent)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         if isinstance(audio, np.ndarray):
@@ -217,22 +217,24 @@ def write_video(path, size, audio=None):
             writer.communicate()
             if writer.returncode:
                 raise EOFError
-            next(read_video(partial))  # Fail if ffmpeg could not finish it, for want of room say
+            next(
+                read_video(partial)
+            )  # UserError if ffmpeg could not finish it, for want of room say
         os.replace(partial, path)
 
 
 def mp4s(folder):
-    """The paths of the mp4 files in a folder, in order. Fail: there is none."""
+    """The paths of the mp4 files in a folder, in order. UserError: there is none."""
     paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() == ".mp4")
     if not paths:
-        raise Fail(f"{folder}: no mp4 there; name a folder that holds some, or drop --folder")
+        raise UserError(f"{folder}: no mp4 there; name a folder that holds some, or drop --folder")
     return paths
 
 
 def recorded(folder, size, frames):
     """Yield consecutive clips of the mp4s in a folder, cut to their centred square, as data.Clips
     takes them: (video (T, S, S, 3) uint8, audio (640 T,), NaN, since nobody measured the mouth).
-    Fail: no mp4 is long enough."""
+    UserError: no mp4 is long enough."""
     samples = frames * RATE // FPS
     in_all = 0
     for path in mp4s(folder):
@@ -249,10 +251,10 @@ def recorded(folder, size, frames):
                 yield torch.stack(taken), audio[first : first + samples], torch.nan
             if not found:
                 print(f"left out: {path}: shorter than {frames / FPS:.1f} s")
-        except Fail as e:
+        except UserError as e:
             print(f"left out, or the rest of it: {e}")
     if not in_all:
-        raise Fail(f"{folder}: no mp4 with {frames / FPS:.1f} s of picture and sound in it")
+        raise UserError(f"{folder}: no mp4 with {frames / FPS:.1f} s of picture and sound in it")
 
 
 def centred(height, width):
@@ -275,16 +277,18 @@ def square(frame, size, box=None):
 
 def parse_box(text, frame):
     """A text, X,Y,SIDE -> (x, y, side) in pixels of frame (H, W, 3). An empty text is the largest
-    centred square. Fail: it is no box inside the frame."""
+    centred square. UserError: it is no box inside the frame."""
     height, width = frame.shape[:2]
     if not text:
         return centred(height, width)
     try:
         x, y, side = (int(part) for part in text.split(","))
     except ValueError:
-        raise Fail(f"--box {text}: give three whole numbers, X,Y,SIDE") from None
+        raise UserError(f"--box {text}: give three whole numbers, X,Y,SIDE") from None
     if min(x, y) < 0 or side < 16 or x + side > width or y + side > height:
-        raise Fail(f"--box {text}: not inside the picture of {width}x{height}, or under 16 pixels")
+        raise UserError(
+            f"--box {text}: not inside the picture of {width}x{height}, or under 16 pixels"
+        )
     return x, y, side
 
 

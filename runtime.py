@@ -29,13 +29,13 @@ SAVE_SECONDS = 30  # between two states of a training that a stopped run goes on
 WORLD = "faces.py", "voices.py", "data.py"
 
 
-class Fail(Exception):
+class UserError(Exception):
     """Something that the person at the keyboard can mend. Printed as one line; exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Fail(f"{message}; --help lists the options")
+        raise UserError(f"{message}; --help lists the options")
 
 
 def opt(default, help="", choices=None, least=1):
@@ -65,7 +65,7 @@ def options(cls, argv, usage, presets={}):
     given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(cls):
         if field.type is int and given.get(field.name, math.inf) < field.metadata["least"]:
-            raise Fail(f"--{field.name} {given[field.name]} is too small")
+            raise UserError(f"--{field.name} {given[field.name]} is too small")
     preset = presets[given.get("config", cls.config)] if presets else {}
     return cls(**preset | given)
 
@@ -77,15 +77,15 @@ def stop(number, frame):
 
 
 def run(main):
-    """Run a script's main: a Fail is one line on stderr and exit code 2."""
+    """Run a script's main: a UserError is one line on stderr and exit code 2."""
     for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, stop)
     try:
         main(sys.argv[1:])
-    except (Fail, torch.OutOfMemoryError) as e:
+    except (UserError, torch.OutOfMemoryError) as e:
         full = "the GPU's memory is full; fewer --clips, or a smaller batch"
-        print(f"error: {e if isinstance(e, Fail) else full}", file=sys.stderr)
+        print(f"error: {e if isinstance(e, UserError) else full}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -110,7 +110,7 @@ def find_device(name="", dtype=""):
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise Fail(f"--device {name}: {str(e).splitlines()[0]}") from None
+        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton and CUDA graphs run
     return device
@@ -130,7 +130,7 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def mixed(net):
+def autocast(net):
     """Autocast to fast_dtype, unless the weights are in it. Its cache would cut off gradients."""
     weight = next(net.parameters())
     on = weight.dtype == torch.float32 and fast_dtype(weight.device) == torch.bfloat16
@@ -279,19 +279,21 @@ def update_ema(ema, net, step, horizon):
 def need_file(path):
     if not os.path.isfile(path):
         what = "a folder; name a file in it" if os.path.isdir(path) else "no such file"
-        raise Fail(f"{path}: {what}")
+        raise UserError(f"{path}: {what}")
 
 
 def free_space(folder, need=64 << 20, instead="choose another --out"):
-    """Make `folder`; Fail unless it can be written and has `need` bytes free."""
+    """Make `folder`; UserError unless it can be written and has `need` bytes free."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise Fail(f"{folder}: cannot be written ({e.strerror}); {instead}") from None
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); {instead}") from None
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise Fail(f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}")
+        raise UserError(
+            f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}"
+        )
 
 
 def save(path, net=None, /, **state):  # a state may hold another `net`
@@ -305,33 +307,35 @@ def save(path, net=None, /, **state):  # a state may hold another `net`
         torch.save(state, partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:
-        raise Fail(f"{path}: could not be saved ({str(e).splitlines()[0]}); make room") from None
+        raise UserError(
+            f"{path}: could not be saved ({str(e).splitlines()[0]}); make room"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load(path, kind):
-    """A checkpoint of this project -> dict. Fail: missing, broken, or of another kind."""
+    """A checkpoint of this project -> dict. UserError: missing, broken, or of another kind."""
     need_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["kind"]
     except Exception as e:  # on a file that is none of ours torch.load raises almost anything
         why = f"({type(e).__name__}); delete it, or name another"
-        raise Fail(f"{path}: no checkpoint of this project {why}") from None
+        raise UserError(f"{path}: no checkpoint of this project {why}") from None
     if found != kind:
-        raise Fail(f"{path}: a checkpoint of kind {found}, where {kind} is needed")
+        raise UserError(f"{path}: a checkpoint of kind {found}, where {kind} is needed")
     return state
 
 
 def restore(path, build, weights):
-    """build() with these weights -> a network. Fail: they are of another version of this code."""
+    """build() with these weights -> a network. UserError: other code has made them."""
     try:
         net = build()
         net.load_state_dict({name: value.float() for name, value in weights.items()})
     except (TypeError, RuntimeError) as e:
         what = f"made by other code ({str(e).splitlines()[-1].strip()[:150]})"
-        raise Fail(f"{path}: {what}; distill.py --fresh makes everything anew") from None
+        raise UserError(f"{path}: {what}; distill.py --fresh makes everything anew") from None
     return net
 
 
@@ -420,11 +424,11 @@ def result_options(cfg):
 
 
 def finite(stage, step, **values):
-    """Tensors -> the same as numbers, for which it waits. Fail: one of them is not finite."""
+    """Tensors -> the same as numbers, for which it waits. UserError: one of them is not finite."""
     numbers = {name: value.item() for name, value in values.items()}
     if not all(map(math.isfinite, numbers.values())):
         advice = "run it again to go on from the last checkpoint, or with a lower learning rate"
-        raise Fail(f"{stage} step {step}: not finite ({numbers}); {advice}")
+        raise UserError(f"{stage} step {step}: not finite ({numbers}); {advice}")
     return numbers
 
 

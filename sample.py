@@ -13,6 +13,7 @@ Flow matching: x_t = (1 - t) x0 + t eps, t = 0 is clean and t = 1 is noise; v = 
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ from data import (
     AUDIO_AHEAD,
     AUDIO_BACK,
     FPS,
+    HOP,
+    MEL_REACH,
     RATE,
     middle,
     mouth_mask,
@@ -39,10 +42,10 @@ from data import (
     to_pixels,
     to_uint8,
 )
-from faces import SPLITS, draw, dub_pair
+from faces import SPLITS, dub_pair, render_clip
 from media import parse_box, paste_box, square
-from model import Cache, Cond, has_kernel, load_dit
-from runtime import Fail, mixed, opt
+from model import Cond, KVCache, has_kernel, load_dit
+from runtime import UserError, autocast, opt
 from syncnet import find_weights
 
 SHIFT = 5.0  # of the time grid (paper: 5)
@@ -51,23 +54,23 @@ FACE_SECONDS, FACE_SCALE = 8, 3  # of a drawn person who says something
 LEAN = 0.1, 0.2  # how far a token's first frame leans to the one before: in a chunk, at its start
 
 
-def shift(u, s=SHIFT):
+def shift_time(u, s=SHIFT):
     """u in 0..1 -> t in 0..1, more of it near noise for s > 1."""
     return s * u / (1 + (s - 1) * u)
 
 
-def tau(j, steps=STEPS):
+def grid_time(j, steps=STEPS):
     """The time of index j of the shifted grid: j = 0 is noise, j = steps clean; j = 20, 30, 40 of
     50 are t = .882, .769, .556."""
-    return shift(1 - j / steps)
+    return shift_time(1 - j / steps)
 
 
-def student_times(cfg):
+def denoising_times(cfg):
     """The times of the student's calls: noise (told as .999, the last time that training knows),
     then on to the landing. At j = 30 half as much of the first guess is left in x_t as at 40
     (.23, .44): more is invented anew, and with a small network that is softer."""
     last = cfg.student_steps - 1
-    return [0.999] + [tau(cfg.landing * i / last) for i in range(1, last + 1)]
+    return [0.999] + [grid_time(cfg.landing * i / last) for i in range(1, last + 1)]
 
 
 def per_latent(t):
@@ -98,11 +101,11 @@ def embed_clip(net, source, mel, start=0, end=None):
     end = source.shape[1] // 4 if end is None else end
     video, part = to_float(middle(source)), slice(4 * start, 4 * end)
     reference = previous_chunk(video, net.cfg)
-    with mixed(net):
+    with autocast(net):
         return net.embed(video[:, part], reference[:, part], data.hearing(mel, start, end))
 
 
-def join(x0, mask, chunk, before=None):
+def blend_seams(x0, mask, chunk, before=None):
     """Smooth the seams in time where tokens meet, as video codecs do those between blocks: in the
     mask, the first frame of each token leans to the last one of the token before. x0 (B, L, N, P)
     from the start of a chunk on, `before` the x0 that ends there -> x0 to show. (The cache holds it
@@ -120,19 +123,19 @@ def join(x0, mask, chunk, before=None):
 def to_frames(net, x0, source, before=None, blend=True):
     """x0 (B, L, N, P), laid over source (B, T, S, S, 3) uint8 through the soft mask -> uint8.
     blend=False: with no soft edge, for those who blend in the frame that the square is cut from."""
-    dub = to_pixels(join(x0, net.mask, net.cfg.chunk, before), net.cfg.patch)
+    dub = to_pixels(blend_seams(x0, net.mask, net.cfg.chunk, before), net.cfg.patch)
     if blend:
         dub = torch.lerp(to_float(mouth_rectangle(source)), dub.float(), net.blend.float())
     return paste(to_uint8(dub), source)
 
 
-def guided(net, x_t, t, cond, scale):
+def cfg_predict(net, x_t, t, cond, scale):
     """x0_null + s (x0_audio - x0_null), a forward pass of twice the batch; s = 1 is the conditional
     prediction alone. scale: a number, or one a sample (B,)."""
     if not torch.is_tensor(scale) and scale == 1:
         return net(x_t, t, cond)
     t = torch.cat([t, t]) if torch.is_tensor(t) else t
-    both = Cond(*(torch.cat(pair) for pair in zip(cond, net.without_audio(cond))))
+    both = Cond(*(torch.cat(pair) for pair in zip(cond, net.null_cond(cond))))
     with_audio, without = net(torch.cat([x_t, x_t]), t, both).chunk(2)
     scale = scale.view(-1, 1, 1, 1) if torch.is_tensor(scale) else scale
     return without + scale * (with_audio - without)
@@ -141,10 +144,10 @@ def guided(net, x_t, t, cond, scale):
 @torch.no_grad()
 def euler(net, cond, steps=STEPS, guidance=1.0, rng=None):
     """Noise -> x0 (B, L, N, P) along the shifted grid by Euler steps of the velocity."""
-    x = torch.randn(cond.known.shape, generator=rng).to(cond.known.device)
+    x = torch.randn(cond.masked_source.shape, generator=rng).to(cond.masked_source.device)
     for j in range(steps):
-        t, following = tau(j, steps), tau(j + 1, steps)
-        x0 = guided(net, x, t, cond, guidance).float()
+        t, following = grid_time(j, steps), grid_time(j + 1, steps)
+        x0 = cfg_predict(net, x, t, cond, guidance).float()
         x = x + (following - t) * to_velocity(x, x0, t)
     return x
 
@@ -158,7 +161,7 @@ def dub_teacher(net, source, mel, steps=STEPS, guidance=1.0, latents=12, seed=0)
     for start in range(0, L, latents):
         start = max(0, min(start, L - latents))
         cond = embed_clip(net, source, mel, start, min(L, start + latents))
-        with mixed(net):
+        with autocast(net):
             x0[:, start : start + latents] = euler(net, cond, steps, guidance, rng)
     return to_frames(net, x0, source)
 
@@ -174,51 +177,60 @@ def seeded(seed):
     return lambda x: torch.randn(x.shape, generator=rng).to(x.device, non_blocking=True)
 
 
+def denoise_chunk(net, cond, cache, noise, exit_step=None):
+    """The student's calls for one chunk: Cond -> x0 (B, chunk, N, P) float32.
+
+    noise(x): Gaussian noise of the shape of x. exit_step: the number of the call to stop at, the
+    only one that carries gradient (if that is on); the last one if not given."""
+    times = denoising_times(net.cfg)
+    if exit_step is None:
+        exit_step = len(times) - 1
+    constant = Cond(*(x.detach() for x in cond))
+    x_t = noise(cond.masked_source.float())
+    with torch.no_grad():
+        for t, next_t in zip(times[:exit_step], times[1:]):
+            x0 = net(x_t, t, constant, cache=cache).float()
+            # Fresh noise, not the first: with that, x_t would lie on a straight line from noise to
+            # x0, and the net be asked about its own mistakes as if they were noise.
+            x_t = add_noise(x0, noise(x0), next_t)
+    return net(x_t, times[exit_step], cond, cache=cache).float()
+
+
+@torch.no_grad()
+def store_chunk(net, x0, cond, cache):
+    """The cache pass: over the finished chunk at t = 0, so that later ones may look back at it."""
+    net(x0, 0.0, cond, cache=cache, store=True)
+    cache.evict()
+
+
 @torch.no_grad()
 def generate(net, conds, noise=torch.randn_like):
     """The student's loop. conds: an iterable of Cond, one chunk each -> yields x0 (B, chunk, N, P),
     one chunk each. noise(x): Gaussian noise of the shape of x."""
     cache = None
     for cond in conds:
-        empty = cond.known.float()
-        with mixed(net):
+        with autocast(net):
             if cache is None:
-                cache = Cache(net, len(empty))
-                first, *later = student_times(net.cfg)
-                mods = {t: net.modulation(t) for t in (first, *later, 0.0)}
-            x0 = net(noise(empty), mods[first], cond, cache=cache).float()
-            for t in later:
-                # Fresh noise, not the first: with that, x_t would lie on a straight line from noise
-                # to x0, and the net be asked about its own mistakes as if they were noise.
-                x_t = add_noise(x0, noise(empty), t)
-                x0 = net(x_t, mods[t], cond, cache=cache).float()
-        yield x0  # before the cache is written: the next chunk needs that, a viewer does not
-        with mixed(net):
-            net(x0, mods[0.0], cond, cache=cache, store=True)
-        cache.advance()
+                cache = KVCache(net, batch=len(cond.tokens))
+            x0 = denoise_chunk(net, cond, cache, noise)
+        yield x0
+        with autocast(net):
+            store_chunk(net, x0, cond, cache)
 
 
 def noise_like(x, rng):
     return torch.randn(x.shape, generator=rng, device=x.device)
 
 
-def rollout(net, cond, call, rng):
-    """`generate` for training (self-forcing): the student's own clip (B, L, N, P), chunk by chunk
-    as at inference, stopped in every chunk at the same `call`, the only one that carries gradient
-    (if that is on)."""
-    cache, times, outputs = Cache(net, len(cond.known)), student_times(net.cfg), []
-    for part in in_chunks(cond, net.cfg.chunk):
-        still = Cond(*(x.detach() for x in part))
-        x_t = noise_like(part.known, rng)
-        with torch.no_grad():
-            for t, following in zip(times[:call], times[1:]):
-                x0 = net(x_t, t, still, cache=cache).float()
-                x_t = add_noise(x0, noise_like(x0, rng), following)
-        x0 = net(x_t, times[call], part, cache=cache).float()
+def rollout(net, cond, exit_step, rng):
+    """`generate` for training (Self-Forcing): the student's own clip (B, L, N, P), chunk by chunk
+    as at inference, stopped in every chunk at the same call, see denoise_chunk."""
+    cache = KVCache(net, batch=len(cond.tokens))
+    outputs = []
+    for chunk in in_chunks(cond, net.cfg.chunk):
+        x0 = denoise_chunk(net, chunk, cache, lambda x: noise_like(x, rng), exit_step)
+        store_chunk(net, x0, chunk, cache)
         outputs.append(x0)
-        with torch.no_grad():
-            net(x0, 0.0, still, cache=cache, store=True)
-        cache.advance()
     return torch.cat(outputs, 1)
 
 
@@ -232,87 +244,125 @@ def dub_student(net, source, mel, seed=0):
 def chunk_mel(audio, c, cfg):
     """What chunk c hears: (1, back + 16 chunk + ahead, MELS), bit for bit that of the whole file.
     Reads no sample beyond the look-ahead and the 7.5 ms that its last mel frame reaches further."""
-    per, chunk = RATE // FPS, 4 * cfg.chunk
-    margin = -(-max(AUDIO_BACK, AUDIO_AHEAD) // 4) + 1  # video frames; one for the mel's window
-    lo, hi = chunk * c - margin, chunk * (c + 1) + margin
-    end = chunk * (c + 1) * per + data.HOP * AUDIO_AHEAD + 120
-    part = np.asarray(audio[max(0, lo * per) : end], dtype=np.float32)
-    before = max(0, -lo * per)
-    part = np.pad(part, (before, (hi - lo) * per - before - len(part)))
+    samples = RATE // FPS  # of a video frame, 4 mel frames
+    frames = 4 * cfg.chunk
+    # Whole video frames around the chunk: what it hears, and one more for the mel's window.
+    margin = math.ceil(max(AUDIO_BACK, AUDIO_AHEAD) / 4) + 1
+    first = frames * c - margin
+    last = frames * (c + 1) + margin
+    end = frames * (c + 1) * samples + HOP * AUDIO_AHEAD + MEL_REACH
+    part = np.asarray(audio[max(0, first * samples) : end], dtype=np.float32)
+    before = max(0, -first * samples)  # of the file's start
+    part = np.pad(part, (before, (last - first) * samples - before - len(part)))
     mel = data.log_mel(part)[None]
     mel = mel[:, 4 * margin - AUDIO_BACK : mel.shape[1] - 4 * margin + AUDIO_AHEAD]
-    at = torch.arange(mel.shape[1]) + 4 * chunk * c - AUDIO_BACK  # mel frames of the file
-    mel[:, (at < 0) | (at >= 4 * -(-len(audio) // per))] = data.SILENCE
+    # Before the file's first video frame and after its last, there is silence.
+    position = torch.arange(mel.shape[1]) + 4 * frames * c - AUDIO_BACK
+    outside = (position < 0) | (position >= 4 * math.ceil(len(audio) / samples))
+    mel[:, outside] = data.SILENCE
     return mel
 
 
-def chunks_in(source, audio, cfg):
-    """What comes in of a stream: (video (1, 4 chunk, S, S, 3) uint8, what is heard, and how many
-    frames were there: less than a chunk's at the end, where the last one is held still)."""
-    frames, n, shape = iter(source), 4 * cfg.chunk, (cfg.size, cfg.size, 3)
-    for c in itertools.count():
-        taken = [torch.as_tensor(frame) for frame in itertools.islice(frames, n)]
-        if not taken:
+def video_chunks(source, cfg):
+    """An iterable of frames (S, S, 3) uint8 -> yields (frames (1, 4 chunk, S, S, 3), how many of
+    them were there: less than a chunk's at the end, where the last one is held still)."""
+    frames = iter(source)
+    n = 4 * cfg.chunk
+    shape = (cfg.size, cfg.size, 3)
+    while True:
+        chunk = [torch.as_tensor(frame) for frame in itertools.islice(frames, n)]
+        if not chunk:
             return
-        for frame in taken:
+        for frame in chunk:
             if frame.shape != shape or frame.dtype != torch.uint8:
                 what = f"{frame.dtype} frames of {tuple(frame.shape)}"
-                raise Fail(f"{what} where the model needs uint8 {shape}")
-        video = torch.stack(taken + taken[-1:] * (n - len(taken)))[None]
-        yield video, chunk_mel(audio, c, cfg), len(taken)
+                raise UserError(f"{what} where the model needs uint8 {shape}")
+        still = chunk[-1:] * (n - len(chunk))
+        yield torch.stack(chunk + still)[None], len(chunk)
+
+
+class Streamer:
+    """The student dubbing one stream, a chunk at a time: `frames = streamer.step(pixels, mel)`.
+
+    What it holds is the KV cache and, of the chunk before, the pixels (the next one's reference),
+    x0 (its last frame is blended into the next one) and the conditions: the cache pass over a chunk
+    is made at the start of the next step, when its frames have been shown already. All of it, and
+    what a step is given, lies at fixed addresses. So when the window is full and every step is the
+    same work, `cuda_graph` captures one and replays it by one call instead of hundreds. (Attention
+    by kernels.py: set net.fused.)"""
+
+    def __init__(self, net, seed=0, cuda_graph=False, blend=True):
+        """blend: see to_frames. Noise is the device's own: another GPU or CPU, other details."""
+        self.net = net
+        self.device = net.final_layer.weight.device
+        if cuda_graph and self.device.type != "cuda":
+            raise UserError("--compile on captures CUDA graphs, which needs an NVIDIA GPU")
+        self.cuda_graph = cuda_graph
+        self.blend = blend
+        self.rng = torch.Generator(self.device).manual_seed(seed)
+        cfg = net.cfg
+        shape = (cfg.student_steps, 1, cfg.chunk, *net.mask.shape)
+        self.noise = torch.empty(shape, device=self.device)
+        self.cache = KVCache(net, batch=1)
+        self.steps = 0
+        self.graph = None
+
+    @torch.no_grad()
+    def step(self, pixels, mel):
+        """The next chunk: pixels (1, 4 chunk, S, S, 3) uint8 and what it hears, see chunk_mel ->
+        frames (4 chunk, S, S, 3) uint8, on the CPU."""
+        if self.steps == 0:
+            self.pixels = pixels.to(self.device, copy=True)
+            self.mel = mel.to(self.device, copy=True)
+            first = to_float(middle(self.pixels[:, :1]))
+            self.reference = first.repeat_interleave(pixels.shape[1], 1)  # held still
+        self.pixels.copy_(pixels)
+        self.mel.copy_(mel)
+        self.noise.normal_(generator=self.rng)
+        cfg = self.net.cfg
+        window_is_full = self.steps * cfg.chunk >= cfg.sink + cfg.window
+        if self.cuda_graph and window_is_full and self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.frames = self.dub()
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.frames = self.dub()
+        self.steps += 1
+        return self.frames[0].cpu()
+
+    def dub(self):
+        """All that the device does for a chunk."""
+        net = self.net
+        draws = iter(self.noise)
+        with autocast(net):
+            if self.steps > 0:
+                store_chunk(net, self.x0, Cond(*self.cond), self.cache)
+            video = to_float(middle(self.pixels))
+            cond = net.embed(video, self.reference, self.mel)
+            x0 = denoise_chunk(net, cond, self.cache, lambda x: next(draws))
+        if self.steps == 0:
+            frames = to_frames(net, x0, self.pixels, blend=self.blend)
+            self.x0 = x0.clone()
+            self.cond = [part.clone() for part in cond]
+        else:
+            frames = to_frames(net, x0, self.pixels, self.x0, self.blend)
+            self.x0.copy_(x0)
+            for kept, new in zip(self.cond, cond):
+                kept.copy_(new)
+        self.reference.copy_(video)
+        return frames
 
 
 def stream(net, source, audio, seed=0, compile=False, blend=True):
     """Dub a stream. source: an iterable of (S, S, 3) uint8 frames at 25 fps; audio: (n,) float32 at
     16 kHz, anything that slices and has a length. Yields (4 chunk = 12, S, S, 3) uint8, less at
-    the end. Holds one chunk, the one before, and the cache.
-
-    compile: once the window is full, every chunk is the same work at the same addresses. So it is
-    captured once, as a CUDA graph, and replayed by one call instead of hundreds. (Attention by
-    kernels.py: set net.fused.) Noise is the device's own: another GPU or CPU, other details."""
-    cfg, device, n = net.cfg, net.head.weight.device, 4 * net.cfg.chunk
-    if compile and device.type != "cuda":
-        raise Fail("--compile on captures CUDA graphs, which needs an NVIDIA GPU")
-    rng, graph, made = torch.Generator(device).manual_seed(seed), None, None
-    eps = torch.empty(cfg.student_steps, 1, cfg.chunk, *net.mask.shape, device=device)
-    turns = itertools.cycle(eps)
-    now, last = [], []  # Cond of this chunk; x0, Cond of the last
-
-    def conds():
-        reference = to_float(middle(pixels[:, :1])).repeat_interleave(n, 1)
-        while True:
-            video = to_float(middle(pixels))
-            with mixed(net), torch.no_grad():
-                cond = net.embed(video, reference, heard)
-            reference.copy_(video)
-            now[:] = cond
-            yield cond
-
-    def chunk():
-        """All that the device does for a chunk, after the cache pass over the one before."""
-        x0 = next(made)
-        frames = to_frames(net, x0, pixels, last[0] if last else None, blend)
-        last[:] = x0, *now
-        return frames
-
-    for c, (video, mel, length) in enumerate(chunks_in(source, audio, cfg)):
-        if made is None:
-            pixels, heard = video.to(device, copy=True), mel.to(device, copy=True)
-            made = generate(net, conds(), lambda x: next(turns))
-        pixels.copy_(video)
-        heard.copy_(mel)
-        eps.normal_(generator=rng)
-        if compile and graph is None and c * cfg.chunk >= cfg.sink + cfg.window:
-            graph, read = torch.cuda.CUDAGraph(), list(last)
-            with torch.cuda.graph(graph):
-                frames = chunk()
-                for old, new in zip(read, last):  # the next cache pass reads there
-                    old.copy_(new)
-        if graph is None:
-            frames = chunk()
-        else:
-            graph.replay()
-        yield frames[0, :length].cpu()
+    the end. See Streamer; compile: by a CUDA graph."""
+    streamer = Streamer(net, seed, cuda_graph=compile, blend=blend)
+    for c, (pixels, length) in enumerate(video_chunks(source, net.cfg)):
+        frames = streamer.step(pixels, chunk_mel(audio, c, net.cfg))
+        yield frames[:length]
 
 
 def clock(frames_of, device):
@@ -320,12 +370,12 @@ def clock(frames_of, device):
     Pixels and samples are in memory when the clock starts; everything from there to uint8 frames in
     host memory is included."""
     runtime.synchronize(device)
-    begun, first, count = time.perf_counter(), None, 0
+    start, first, count = time.perf_counter(), None, 0
     for frames in frames_of:
         frames.cpu()
-        first = first or time.perf_counter() - begun
+        first = first or time.perf_counter() - start
         count += len(frames)
-    return count / (time.perf_counter() - begun), first
+    return count / (time.perf_counter() - start), first
 
 
 def play(path, total):
@@ -348,7 +398,7 @@ def dub_face(net, cfg, audio):
     """A drawn person of held-out people says `audio`, samples or a Sound -> cfg.out, in sound and
     picture. He was drawn saying other words, for FACE_SECONDS; they are played back and forth."""
     seed = SPLITS["held-out"] + 2 * cfg.face
-    face = draw(seed, FACE_SECONDS * FPS, net.cfg.size).video
+    face = render_clip(seed, FACE_SECONDS * FPS, net.cfg.size).video
     there_and_back = torch.cat([face, face[1:-1].flip(0)])
     total = -(-len(audio) * FPS // RATE)
     source = (there_and_back[i % len(there_and_back)] for i in range(total))
@@ -374,7 +424,7 @@ def dub_file(net, cfg, audio):
             waiting.append(frame)
             yield square(frame, net.cfg.size, box)
 
-    size, begun, to_pipe = (first.shape[1], first.shape[0]), time.time(), cfg.out == "-"
+    size, start, to_pipe = (first.shape[1], first.shape[0]), time.time(), cfg.out == "-"
     pipe = contextlib.nullcontext(sys.stdout.buffer.write)
     with pipe if to_pipe else media.write_video(cfg.out, size, audio) as put:
         # Blended once, at the frame's own size.
@@ -382,7 +432,7 @@ def dub_file(net, cfg, audio):
         for frames in dubs:
             for dub in frames:
                 put(paste_box(waiting.pop(0), dub, box, mask).numpy())
-    pace = f"in {time.time() - begun:.1f} s, {total / (time.time() - begun):.0f} frames a second"
+    pace = f"in {time.time() - start:.1f} s, {total / (time.time() - start):.0f} frames a second"
     said = f"{cfg.out}: {total} frames {pace}, reading and writing included"
     print(said, file=sys.stderr if to_pipe else sys.stdout)
 
@@ -425,17 +475,17 @@ class Options:
 def main(argv):
     cfg = runtime.options(Options, argv, __doc__)
     if (cfg.box or cfg.out == "-") and not cfg.video:
-        raise Fail("--box or --out - without --video: which recording should it dub?")
+        raise UserError("--box or --out - without --video: which recording should it dub?")
     if cfg.audio and cfg.text:
-        raise Fail("--audio and --text: which of them should be said?")
+        raise UserError("--audio and --text: which of them should be said?")
     given = [path for path in (cfg.video, cfg.audio) if os.path.exists(path)]
     if os.path.exists(cfg.out) and any(os.path.samefile(cfg.out, path) for path in given):
-        raise Fail(f"--out {cfg.out} is what is to be dubbed; choose another name")
+        raise UserError(f"--out {cfg.out} is what is to be dubbed; choose another name")
     device = runtime.find_device(cfg.device, cfg.precision)
     path = find_weights("student", cfg.weights)
     net = load_dit(path, device, runtime.fast_dtype(device))
     if net.stage == "teacher":
-        raise Fail(f"{path}: a teacher, which cannot stream; distil a student by distill.py")
+        raise UserError(f"{path}: a teacher, which cannot stream; distil a student by distill.py")
     net.fused = cfg.attention == "auto" and has_kernel(net)
     if device.type == "cuda":
         print(f"attention: {'kernels.py' if net.fused else 'dense'}", file=sys.stderr)

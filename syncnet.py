@@ -21,8 +21,8 @@ import data
 import runtime
 from data import FPS, RATE, mouth_mask, mouth_rectangle, to_float
 from media import Sound, parse_box, read_video, square
-from model import sound_tower
-from runtime import Fail, opt
+from model import make_audio_encoder
+from runtime import UserError, opt
 
 SPAN = 5  # video frames that one decision looks at
 REACH = 15  # offsets -15..15 video frames
@@ -49,13 +49,13 @@ class SyncNet(nn.Module):
         layers += [nn.Flatten(1), nn.Linear(3 * c * cells, 4 * c), nn.SiLU()]
         self.frame = nn.Sequential(*layers)
         self.span = nn.Sequential(nn.Conv1d(4 * c, 4 * c, SPAN), nn.SiLU(), nn.Conv1d(4 * c, E, 1))
-        self.sound, self.sound_out = sound_tower(4 * c), nn.Conv1d(4 * c, E, 1)
+        self.sound, self.sound_out = make_audio_encoder(4 * c), nn.Conv1d(4 * c, E, 1)
         # The mouth's opening and width in tenths of the picture's side: for the landmark error.
         self.mouth = nn.Linear(4 * c, 2)
         self.mouth.bias.data = torch.tensor([0.5, 3.4])  # what is usual
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
-    def watch(self, rectangle):
+    def encode_video(self, rectangle):
         """rectangle (B, T, S/2, 3S/4, 3) in [-1, 1] -> what it sees in each frame (B, T, features),
         its embedding of every five (B, T - 4, embed), and the mouth's opening and width (B, T, 2)
         as fractions of the picture's side."""
@@ -67,7 +67,7 @@ class SyncNet(nn.Module):
         v = F.normalize(self.span(seen.mT).float().mT, dim=-1)
         return seen, v, 0.1 * self.mouth(seen).float()
 
-    def listen(self, mel):
+    def encode_audio(self, mel):
         """mel (B, 4 T, MELS) -> an embedding for every five frames (B, T - 4, embed)."""
         return F.normalize(self.sound_out(self.sound(mel.mT)).float().mT, dim=-1)
 
@@ -78,8 +78,8 @@ def view_loss(net, guess, truth):
     five frames and in the mouth, of which 3% of the side count as 1. The reward has no gradient,
     this has: it pulls towards one known picture, not towards whatever pleases the expert."""
     with torch.no_grad():
-        true_seen, true_v, true_shape = net.watch(truth)
-    seen, v, shape = net.watch(guess)
+        true_seen, true_v, true_shape = net.encode_video(truth)
+    seen, v, shape = net.encode_video(guess)
     size = seen.shape[-1:]
     perceived = F.layer_norm(seen.float(), size) - F.layer_norm(true_seen.float(), size)
     embedded = (v - true_v).square().sum(-1).mean()
@@ -113,16 +113,16 @@ def sync(v, a):
 @torch.no_grad()
 def score(net, rectangle, mel):
     """`sync` of rectangles (B, T, S/2, 3S/4, 3), uint8 or in [-1, 1], and their mel (B, 4 T, MELS).
-    Fail: under 12 frames."""
+    UserError: under 12 frames."""
     T = rectangle.shape[1]
     if T < 12:
-        raise Fail(f"{T} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
+        raise UserError(f"{T} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
     v = []
-    with runtime.mixed(net):
+    with runtime.autocast(net):
         for start in range(0, T - SPAN + 1, AT_ONCE):
             part = rectangle[:, start : start + AT_ONCE + SPAN - 1]
-            v.append(net.watch(to_float(part) if part.dtype == torch.uint8 else part)[1])
-        return sync(torch.cat(v, 1), net.listen(mel))
+            v.append(net.encode_video(to_float(part) if part.dtype == torch.uint8 else part)[1])
+        return sync(torch.cat(v, 1), net.encode_audio(mel))
 
 
 def mouth_psnr(dub, truth):
@@ -156,15 +156,15 @@ def reward_weights(reward, rectangle, mel, beta):
 
 
 @torch.no_grad()
-def measures(dub, pairs, judge):
+def compute_metrics(dub, pairs, judge):
     """Dubs (n, T, S, S, 3) uint8 of faces.Pairs -> a dict of (n,) tensors: sync_c; psnr in the
     mask; landmark: mean error of the mouth's opening and width, in percent of the side; gain: slope
     of the opening over the truth's, under 1 for a mumbler; sharp: 1 if as sharp as the truth."""
     rows = []
     videos = dub.split(1), pairs.truth.split(1)  # one by one: whatever the batch, it fits
     for one, true, mel, drawn in zip(*videos, pairs.mel.split(1), pairs.mouth.split(1)):
-        with runtime.mixed(judge):
-            read = judge.watch(to_float(mouth_rectangle(one)))[2]
+        with runtime.autocast(judge):
+            read = judge.encode_video(to_float(mouth_rectangle(one)))[2]
         opening, truth = (x[..., 0] - x[..., 0].mean(1, keepdim=True) for x in (read, drawn))
         row = dict(
             sync_c=score(judge, mouth_rectangle(one), mel)[0],
@@ -180,8 +180,8 @@ def measures(dub, pairs, judge):
 @torch.no_grad()
 def features(judge, dub):
     """What the judge sees in each frame of each clip (n, T, S, S, 3) uint8 -> (n T, channels)."""
-    with runtime.mixed(judge):
-        seen = [judge.watch(to_float(mouth_rectangle(one[None])))[0] for one in dub]
+    with runtime.autocast(judge):
+        seen = [judge.encode_video(to_float(mouth_rectangle(one[None])))[0] for one in dub]
     return torch.cat(seen, 1)[0]
 
 
@@ -203,7 +203,9 @@ def frechet(a, b):
 
 def means(dub, pairs, judge):
     """The measures' means over the clips, and the Fréchet distance: what a training log shows."""
-    found = {name: values.mean().item() for name, values in measures(dub, pairs, judge).items()}
+    found = {
+        name: values.mean().item() for name, values in compute_metrics(dub, pairs, judge).items()
+    }
     return dict(found, frechet=frechet(features(judge, dub), features(judge, pairs.truth)))
 
 
@@ -254,9 +256,9 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
         # Another sound and light each time: timing is what counts.
         light = torch.randn(BATCH, 1, 1, 1, 1, generator=rng, device=device)
         rectangle = to_float(video.chunk(2, 2)[1]) * (1 + 0.1 * light)
-        with runtime.mixed(net):
-            _, v, read = net.watch(rectangle)
-            a = net.listen(data.bend(mel, rng))
+        with runtime.autocast(net):
+            _, v, read = net.encode_video(rectangle)
+            a = net.encode_audio(data.bend(mel, rng))
         loss, hits = nce(v, a, net.log_scale.exp().clamp(max=100))
         if drawn:
             loss = loss + ((read - shape) / 0.03).square().mean()
@@ -267,7 +269,9 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
 
         if step % log_every == 0 or step == 1:
             if not loss.isfinite():
-                raise Fail(f"{name} step {step}: not finite; is there a clip without a picture?")
+                raise UserError(
+                    f"{name} step {step}: not finite; is there a clip without a picture?"
+                )
             words = f"loss {loss:.3f} | right moment {hits:.1%} | {evaluate(net, val)}"
             elapsed = time.time() - start
             left = elapsed / step * (steps - step)
@@ -303,7 +307,7 @@ class Options:
 def main(argv):
     cfg = runtime.options(Options, argv, __doc__)
     if not cfg.video:
-        raise Fail("which clip? --video CLIP.mp4; --help shows examples")
+        raise UserError("which clip? --video CLIP.mp4; --help shows examples")
     device = runtime.find_device(cfg.device)
     net = load_syncnet(find_weights("judge", cfg.weights), device)
     audio = Sound(cfg.audio or cfg.video)
@@ -313,7 +317,7 @@ def main(argv):
         frames.append(mouth_rectangle(square(frame, net.cfg.size, box)))
     n = min(len(frames), len(audio) * FPS // RATE)
     if n < 12:
-        raise Fail(f"{n} frames with sound are too few to judge lip-sync; give at least 12")
+        raise UserError(f"{n} frames with sound are too few to judge lip-sync; give at least 12")
     mel = data.log_mel(audio[: n * RATE // FPS])[None].to(device)
     c, d, offset = (x.item() for x in score(net, torch.stack(frames[:n])[None].to(device), mel))
     late = f"{offset:+d} frames ({1000 * offset // FPS:+d} ms)"

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 
 from data import RATE
-from runtime import Fail, free_space, opt, options, run
+from runtime import UserError, free_space, opt, options, run
 
 LIPS_FPS = 200  # rows of the lips' tracks a second
 LEAD = 8  # rows (40 ms) that the lips are ahead of the sound: one shapes the mouth, then speaks
@@ -262,11 +262,11 @@ PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}  # words a minute; 0..100; 0..1
 
 @functools.cache
 def espeak_paths():
-    """(library, data folder) of espeakng-loader. Fail: it is not installed."""
+    """(library, data folder) of espeakng-loader. UserError: it is not installed."""
     try:
         import espeakng_loader
     except ImportError:
-        raise Fail("eSpeak NG is missing; pip install espeakng-loader") from None
+        raise UserError("eSpeak NG is missing; pip install espeakng-loader") from None
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
 
 
@@ -274,8 +274,8 @@ def synthesize(text, voice, seconds=np.inf, **parameters):
     """Speak a text (SSML) with an eSpeak voice, "de" or "de+f2", up to about `seconds` s.
 
     parameters: rate, pitch and range, see PARAMETERS. -> samples (n,) float32 in [-1, 1], their
-    rate in Hz, and the phones [(sample at which it begins, its IPA; "" for a pause)]. Fail: eSpeak
-    is missing, or has no such voice."""
+    rate in Hz, and the phones [(sample at which it begins, its IPA; "" for a pause)].
+    UserError: eSpeak is missing, or has no such voice."""
     library_path, data_path = espeak_paths()
     # eSpeak keeps state from one utterance to the next in static variables that no call resets. So
     # that the same seed always sounds the same, the library is loaded anew each time.
@@ -300,10 +300,10 @@ def synthesize(text, voice, seconds=np.inf, **parameters):
             SYNCHRONOUS, 0, str(data_path).encode(), PHONEME_EVENTS_IN_IPA
         )
         if rate <= 0:
-            raise Fail(f"eSpeak NG finds no data in {data_path}; reinstall espeakng-loader")
+            raise UserError(f"eSpeak NG finds no data in {data_path}; reinstall espeakng-loader")
         library.espeak_SetSynthCallback(receive)
         if library.espeak_SetVoiceByName(voice.encode()):
-            raise Fail(f"--voice {voice}: eSpeak has no such voice; de, fr or en-us+f2, say")
+            raise UserError(f"--voice {voice}: eSpeak has no such voice; de, fr or en-us+f2, say")
         for name, value in parameters.items():
             library.espeak_SetParameter(PARAMETERS[name], int(value), 0)
         encoded = text.encode()
@@ -354,7 +354,7 @@ def invent_text(rng, language, words):
 def split_phones(phones):
     """eSpeak's phones [(second at which it begins, IPA)] -> the same as letters of PHONES:
     diphthongs and affricates are two, sharing the time; marks of stress, length and the like are
-    dropped; p, t and k begin when the mouth shuts. Fail: a phone whose lips nobody knows."""
+    dropped; p, t and k begin when the mouth shuts. UserError: a phone whose lips nobody knows."""
     single = []
     ends = [start for start, _ in phones[1:]] + [np.inf]
     for (start, ipa), end in zip(phones, ends):
@@ -365,7 +365,7 @@ def split_phones(phones):
             letters = [""]
         for letter in letters:
             if letter not in PHONES:
-                raise Fail(f"voices.py knows no lips for the phone {letter} of {ipa}")
+                raise UserError(f"voices.py knows no lips for the phone {letter} of {ipa}")
         if letters[0] in ("p", "t", "k") and single:
             start -= min(CLOSURE, (start - single[-1][0]) / 2)
         each = min(end - start, 1.0) / len(letters)
@@ -456,7 +456,7 @@ def say(text, voice):
     escaped = text.replace("&", "&amp;").replace("<", "&lt;")
     samples, rate, _ = synthesize(escaped, voice)
     if not samples.any():
-        raise Fail(f"--text {text!r}: {voice} finds nothing to say in it")
+        raise UserError(f"--text {text!r}: {voice} finds nothing to say in it")
     samples = resample(samples, round(len(samples) * RATE / rate))
     return (0.08 * samples / samples.std()).clip(-1, 1).astype(np.float32)
 

@@ -65,8 +65,8 @@ def clips(cfg):
 
 
 @pytest.fixture(scope="session")
-def watch(cfg):
-    return faces.held_out(2, cfg.size, "watch", CPU, 6)
+def encode_video(cfg):
+    return faces.held_out(2, cfg.size, "val", CPU, 6)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def expert_file(tmp_path_factory, cfg):
     path = tmp_path_factory.mktemp("sync") / "judge.pt"
     people = faces.drawn_clips("train", cfg.size, 96, CPU)
     few = data.Clips(people, 60, cfg.size, CPU, latents=24)
-    held_out = faces.held_out(4, cfg.size, "watch", CPU, 12)
+    held_out = faces.held_out(4, cfg.size, "val", CPU, 12)
     syncnet.train(path, syncnet.Config(size=cfg.size), few, 320, 3, held_out)
     return path
 
@@ -101,7 +101,7 @@ def parts(tiny):
         heard = data.hearing(torch.randn(batch, 16 * latents, data.MELS))
         with torch.no_grad():
             cond = tiny.embed(rectangle, rectangle.roll(1, 1), heard)
-        return torch.randn_like(cond.known), cond
+        return torch.randn_like(cond.masked_source), cond
 
     return make
 

@@ -61,14 +61,14 @@ def test_trajectories_by_hand(tiny, float32):
     assert not near(first, last) and tiny.cfg.student_steps == 2
 
     rng = torch.Generator().manual_seed(0)
-    t = sample.tau(30)
+    t = sample.grid_time(30)
     x0 = []
     for start in (0, 3):
         cond = sample.embed_clip(tiny, source, mel, start, start + 3)
-        noise = torch.randn(cond.known.shape, generator=rng)
+        noise = torch.randn(cond.masked_source.shape, generator=rng)
         with torch.no_grad():
             x_t = noise + (t - 1) * (noise - tiny(noise, 1.0, cond))
-            x0.append(sample.guided(tiny, x_t, t, cond, 2.0))
+            x0.append(sample.cfg_predict(tiny, x_t, t, cond, 2.0))
     by_hand = sample.to_frames(tiny, torch.cat(x0, 1), source)
     guesses = {}
     for guidance in (1.0, 2.0):

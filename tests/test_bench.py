@@ -62,7 +62,7 @@ def test_what_a_folder_lacks_is_beside_the_teacher_that_its_student_names(tmp_pa
             assert bench.checkpoint(options, name).parent.name == folder
     (tmp_path / "student.pt").rename(tmp_path / "teacher.pt")
     assert bench.checkpoint(options, "teacher").parent == tmp_path
-    with pytest.raises(runtime.Fail, match="no student.pt"):
+    with pytest.raises(runtime.UserError, match="no student.pt"):
         bench.checkpoint(options, "student")
 
 

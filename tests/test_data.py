@@ -20,7 +20,7 @@ def test_references_come_from_outside_the_sample(clips, cfg, monkeypatch):
     n, T = clips.video.shape[:2]
     numbered, frames = copy.copy(clips), torch.cartesian_prod(torch.arange(n), torch.arange(T))
     numbered.video = frames.to(torch.uint8).view(n, T, 1, 1, 2)
-    batch = numbered.draw(400, cfg, torch.Generator().manual_seed(0))
+    batch = numbered.sample_batch(400, cfg, torch.Generator().manual_seed(0))
     source, reference = (x.squeeze().long() for x in batch[:2])  # 400 24 2
     first, chunks = source[:, :1, 1], reference[:, :, 1].view(400, 2, 12)
     assert torch.equal(source[:, :, 1], first + torch.arange(24))

@@ -23,16 +23,16 @@ def apart(a, b):
 
 
 def test_drawing_is_the_same():
-    here, there = (faces.draw(5, 12, 64, device=where) for where in ("cpu", CUDA))
+    here, there = (faces.render_clip(5, 12, 64, device=where) for where in ("cpu", CUDA))
     assert there.video.is_cuda and apart(here.video, there.video) <= 1
 
 
 @torch.no_grad()
-def test_passes_and_dubs_are_the_same(tiny, watch):
-    here = tiny, watch.source, watch.mel
-    sides = here, (copy.deepcopy(tiny).to(CUDA), watch.source.to(CUDA), watch.mel.to(CUDA))
+def test_passes_and_dubs_are_the_same(tiny, val):
+    here = tiny, val.source, val.mel
+    sides = here, (copy.deepcopy(tiny).to(CUDA), val.source.to(CUDA), val.mel.to(CUDA))
     conds = [sample.embed_clip(*side) for side in sides]
-    x0 = [net(c.known, 0.7, c, causal=True).cpu() for (net, *_), c in zip(sides, conds)]
+    x0 = [net(c.masked_source, 0.7, c, causal=True).cpu() for (net, *_), c in zip(sides, conds)]
     torch.testing.assert_close(*x0, atol=1e-4, rtol=0)
     assert apart(*(sample.dub_student(*side) for side in sides)) <= 1
     assert apart(*(sample.dub_teacher(*side, 4, 2.0, 6) for side in sides)) <= 1
@@ -52,7 +52,7 @@ def test_the_kernel_and_the_graph_stream_the_same(tiny):
 def test_a_compiled_training_step_is_the_eager_one(tiny, cfg):
     people = faces.drawn_clips("train", cfg.size, 64, CUDA)
     clips, rng = data.Clips(people, 4, cfg.size, CUDA, latents=16), torch.Generator(CUDA)
-    batch, one = clips.draw(4, cfg, rng), torch.tensor(1.0, device=CUDA)
+    batch, one = clips.sample_batch(4, cfg, rng), torch.tensor(1.0, device=CUDA)
     noise = torch.randn(4, cfg.latents, *tiny.mask.shape, device=CUDA)
     t = torch.rand(4, 1, device=CUDA).clamp(0.1)
     expert = syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(CUDA).requires_grad_(False)
@@ -75,7 +75,7 @@ def test_a_training_that_a_cpu_began_goes_on(tiny, cfg, tmp_path):
     def make(device):
         net = copy.deepcopy(tiny).to(device).requires_grad_(True)
         muon = runtime.Muon([block.qkv.weight for block in net.blocks], 0.02)
-        adam = runtime.adam_w([net.head.weight, net.place], 1e-3, betas=(0.9, 0.98))
+        adam = runtime.adam_w([net.final_layer.weight, net.place], 1e-3, betas=(0.9, 0.98))
         return dict(net=net, muon=muon, adam=adam)
 
     def step(net, muon, adam):

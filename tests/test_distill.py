@@ -21,7 +21,7 @@ from syncnet import reward_weights
 
 
 @pytest.fixture
-def train(cfg, clips, watch, expert, student_file):
+def train(cfg, clips, val, expert, student_file):
     """train(stage, out) -> the weights after four steps."""
 
     def run(stage, out, clips=clips, **fields):
@@ -29,7 +29,7 @@ def train(cfg, clips, watch, expert, student_file):
         four = dict(teacher_steps=4, init_steps=4, dmd_steps=4, start=student_file)
         c = dataclasses.replace(cfg, out=str(out), **four | fields)
         nets = [model.load_dit(student_file)] * ["teacher", "init", "dmd"].index(stage)
-        net = getattr(distill, f"train_{stage}")(c, *nets, clips, expert, expert, watch)
+        net = getattr(distill, f"train_{stage}")(c, *nets, clips, expert, expert, val)
         return parameters_to_vector(net.parameters())
 
     return run
@@ -76,7 +76,7 @@ def test_a_rollout_is_streaming_with_gradient_in_one_call(tiny, clips, cfg, call
     student.register_forward_hook(
         lambda net, given, x0: seen.append(getattr(x0, "requires_grad", None))
     )
-    cond = distill.embed(student, clips.draw(2, cfg, torch.Generator().manual_seed(0)))
+    cond = distill.embed(student, clips.sample_batch(2, cfg, torch.Generator().manual_seed(0)))
     X = rollout(student, cond, call, torch.Generator().manual_seed(5))
     assert seen == ([False] * call + [True, None]) * (cfg.latents // cfg.chunk)
     X.square().mean().backward()
@@ -90,17 +90,17 @@ def test_a_rollout_is_streaming_with_gradient_in_one_call(tiny, clips, cfg, call
 def test_the_student_loss_leaves_critic_and_teacher_alone(tiny, clips, expert, cfg):
     critic, teacher = copy.deepcopy(tiny), copy.deepcopy(tiny)
     critic.head.weight.data *= 2
-    batch = clips.draw(2, cfg, torch.Generator().manual_seed(0))
+    batch = clips.sample_batch(2, cfg, torch.Generator().manual_seed(0))
     X = torch.randn(2, cfg.latents, *tiny.mask.shape, requires_grad=True)
     rng = torch.Generator().manual_seed(1)
     distill.student_loss(cfg, X, batch, teacher, critic, expert, rng)[0].backward()
     assert all(p.grad is None for net in (critic, teacher) for p in net.parameters())
     with torch.no_grad():
         rng = torch.Generator().manual_seed(1)
-        t = distill.times_like(batch, cfg.dmd_shift, rng, 0.001)
+        t = distill.sample_times(batch, cfg.dmd_shift, rng, 0.001)
         x_t = sample.add_noise(X, sample.noise_like(X, rng), t)
         cond = distill.embed(teacher, batch)
-        real = sample.guided(teacher, x_t, t, cond, teacher_guidance(t, cfg))
+        real = sample.cfg_predict(teacher, x_t, t, cond, teacher_guidance(t, cfg))
         g = dmd_gradient(critic(x_t, t, distill.embed(critic, batch)), real, X)
         weight, _ = reward_weights(expert, data.to_pixels(X, cfg.patch), batch.mel, cfg.beta)
     torch.testing.assert_close(X.grad, g * weight.view(-1, 1, 1, 1) / g.numel())
@@ -117,7 +117,7 @@ def test_reward_weights_have_mean_one_and_no_gradient(expert):
 def test_flow_loss_by_hand(tiny, parts, cfg):
     """|v' - v|^2, its weight clipped at 2, by the loss that test_model.py checks by hand."""
     noise, cond = parts(3)
-    x0 = cond.known + tiny.mask * torch.randn_like(noise)
+    x0 = cond.masked_source + tiny.mask * torch.randn_like(noise)
     t = torch.tensor([[0.9], [0.1]])
     loss, guess = distill.flow_loss(tiny, x0, noise, t, cond, cfg, 2.0)
     torch.testing.assert_close(guess, tiny(sample.add_noise(x0, noise, t), t, cond))
@@ -156,7 +156,7 @@ def test_a_stopped_stage_goes_on_to_the_same_end(train, clips, stage, tmp_path, 
         (path,) = (tmp_path / "halves").glob("*.pt")
         saved, broken = path.read_bytes(), copy.copy(clips)
         broken.mel = torch.full_like(clips.mel, torch.nan)
-        with pytest.raises(runtime.Fail, match="step 3: not finite.*lower learning rate$"):
+        with pytest.raises(runtime.UserError, match="step 3: not finite.*lower learning rate$"):
             train(stage, tmp_path / "halves", broken)
     assert [*(tmp_path / "halves").glob("*.pt")] == [path] and path.read_bytes() == saved
     state = torch.load(path, weights_only=True)
@@ -229,7 +229,7 @@ def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
     for name in ("init", "student"):  # which the former teacher's were
         assert said.count(f"{name}: {tmp_path}/{name}.pt was made from the former") == 1
         assert not (tmp_path / f"{name}.pt").exists()
-    with pytest.raises(runtime.Fail, match="width is 96 there and 48 here"):
+    with pytest.raises(runtime.UserError, match="width is 96 there and 48 here"):
         job("--teacher", str(tmp_path / "teacher.pt"), "--width", "48", "--out", f"{tmp_path}/b")
 
 

@@ -20,7 +20,7 @@ import runtime
 def files(tmp_path_factory, student_file, expert_file):
     """Name -> a file that is good or broken in one way."""
     d = tmp_path_factory.mktemp("files")
-    clip = faces.draw(1, 24, 32)
+    clip = faces.render_clip(1, 24, 32)
     for name, frames, sound in (("good", 24, clip.audio), ("mute", 24, None), ("short", 8, None)):
         with media.write_video(d / f"{name}.mp4", (32, 32), sound) as put:
             for frame in clip.video[:frames]:
@@ -96,14 +96,14 @@ def test_one_line_and_exit_code_2(case, files, capsys, monkeypatch, tmp_path):
 def test_too_little_disk(tmp_path, monkeypatch):
     full = type("Usage", (), dict(free=4096))
     monkeypatch.setattr(runtime.shutil, "disk_usage", lambda folder: full)
-    with pytest.raises(runtime.Fail, match="0 MB free"):
+    with pytest.raises(runtime.UserError, match="0 MB free"):
         media.write_video(tmp_path / "x.mp4", (32, 32)).__enter__()
-    with pytest.raises(runtime.Fail, match="0 MB free"):
+    with pytest.raises(runtime.UserError, match="0 MB free"):
         runtime.save(tmp_path / "x.pt")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_is_shared_by_all_processes(cfg, monkeypatch):
     monkeypatch.setattr(distill, "world_size", lambda: 2)
-    with pytest.raises(runtime.Fail, match="2 processes do not share a batch of 3 or 2"):
+    with pytest.raises(runtime.UserError, match="2 processes do not share a batch of 3 or 2"):
         distill.set_up(dataclasses.replace(cfg, batch=3))

@@ -6,7 +6,11 @@ import faces
 
 
 def test_drawing_is_seeded_and_people_differ():
-    a, b, c = faces.draw(5, 12, 32), faces.draw(5, 12, 32), faces.draw(6, 12, 32)
+    a, b, c = (
+        faces.render_clip(5, 12, 32),
+        faces.render_clip(5, 12, 32),
+        faces.render_clip(6, 12, 32),
+    )
     assert torch.equal(a.video, b.video) and np.array_equal(a.audio, b.audio)
     assert not torch.equal(a.video, c.video) and a.video.shape == (12, 32, 32, 3)
     assert a.audio.shape == (12 * 640,) and np.abs(a.audio).max() <= 1

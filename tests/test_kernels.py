@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 import data
 import model
 import sample
-from faces import draw
+from faces import render_clip
 from kernels import stream_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,8 +42,8 @@ def error(cfg, held, batch, dtype):
     q, k = F.layer_norm(q, (d,), scales[0]), F.layer_norm(k, (d,), scales[1])
     k = torch.cat([kept[0, :, :, : held * N], k], 2)
     v = torch.cat([kept[1, :, :, : held * N], v], 2)
-    q = model.rotate(q, rope[held : held + cfg.chunk])
-    exact = F.scaled_dot_product_attention(q, model.rotate(k, rope[: held + cfg.chunk]), v)
+    q = model.apply_rope(q, rope[held : held + cfg.chunk])
+    exact = F.scaled_dot_product_attention(q, model.apply_rope(k, rope[: held + cfg.chunk]), v)
     return ((y - exact).norm() / exact.norm()).item()
 
 
@@ -92,7 +92,7 @@ def test_half_precision(dtype, most, mended):
 
 def test_a_stream_through_it_is_the_dense_one(tiny, float32):
     """Eight chunks: every fill of the window, and three turns of it."""
-    net, clip = tiny.to(DEVICE), draw(11, 96, 32)
+    net, clip = tiny.to(DEVICE), render_clip(11, 96, 32)
     source, mel = clip.video[None].to(DEVICE), data.log_mel(clip.audio)[None].to(DEVICE)
     dubs = []
     for net.fused in (False, True):

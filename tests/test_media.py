@@ -55,7 +55,7 @@ def clicks(sound):
 
 
 def test_written_video_reads_back(tmp_path):
-    clip, path = faces.draw(7, 50, 64), tmp_path / "clip.mp4"
+    clip, path = faces.render_clip(7, 50, 64), tmp_path / "clip.mp4"
     with media.write_video(path, (64, 64), clip.audio) as put:
         for frame in clip.video:
             put(frame)
@@ -192,7 +192,7 @@ def test_a_file_is_a_file_whatever_it_is_called(base, tmp_path, monkeypatch):
 def test_a_folder_without_a_long_enough_video_is_said(base, tmp_path, capsys):
     with media.write_video(tmp_path / "a.mp4", (32, 32), media.Sound(base)) as put:
         list(map(put, media.read_video(base)))
-    with pytest.raises(runtime.Fail, match="no mp4 with 4.0 s of picture and sound"):
+    with pytest.raises(runtime.UserError, match="no mp4 with 4.0 s of picture and sound"):
         list(media.recorded(tmp_path, 32, 100))
     assert "a.mp4: shorter than 4.0 s" in capsys.readouterr().out
 
@@ -248,11 +248,11 @@ def test_a_file_that_breaks_off_is_said_with_both_lengths(tmp_path, capsys):
 
 def test_the_reason_comes_first(base, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(20))
-    with pytest.raises(runtime.Fail, match=r"no sound could be read \(moov atom not found\)$"):
+    with pytest.raises(runtime.UserError, match=r"no sound could be read \(moov atom not found\)$"):
         media.Sound(tmp_path / "a.mp4")
     if os.geteuid():
         (tmp_path / "a.mp4").chmod(0)
-        with pytest.raises(runtime.Fail, match="Permission denied"):
+        with pytest.raises(runtime.UserError, match="Permission denied"):
             media.Sound(tmp_path / "a.mp4")
 
 

@@ -11,7 +11,7 @@ import faces
 import model
 import sample
 from data import mouth_mask
-from model import Cache, visible
+from model import KVCache, attention_window
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -24,21 +24,21 @@ def test_streaming_equals_the_causal_clip(tiny, parts, latents, chunk, sink, win
     net.cfg = dataclasses.replace(tiny.cfg, chunk=chunk, sink=sink, window=window)
     x, cond = parts(latents)
     clip = net(x, 0.0, cond, causal=True)
-    cache, outputs = Cache(net, len(x)), []
+    cache, outputs = KVCache(net, len(x)), []
     where, shape = cache.kv.data_ptr(), cache.kv.shape
     for part, known in zip(x.split(chunk, 1), sample.in_chunks(cond, chunk)):
         outputs.append(net(part, 0.0, known, cache=cache))
         assert net(part, 0.0, known, cache=cache, store=True) is None
-        cache.advance()
+        cache.evict()
     torch.testing.assert_close(torch.cat(outputs, 1), clip, atol=1e-5, rtol=0)
     assert (cache.kv.data_ptr(), cache.kv.shape) == (where, shape)  # constant memory
 
 
 def test_the_window():
     cfg = model.Config()
-    assert visible(0, cfg) == [0, 1, 2] and visible(1, cfg) == [0, 1, 2, 3, 4, 5]
-    assert visible(2, cfg) == [0, 3, 4, 5, 6, 7, 8]
-    assert visible(9, cfg) == [0, 24, 25, 26, 27, 28, 29]
+    assert attention_window(0, cfg) == [0, 1, 2] and attention_window(1, cfg) == [0, 1, 2, 3, 4, 5]
+    assert attention_window(2, cfg) == [0, 3, 4, 5, 6, 7, 8]
+    assert attention_window(9, cfg) == [0, 24, 25, 26, 27, 28, 29]
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -78,12 +78,14 @@ def test_outside_the_mask_the_source_is_kept_and_inside_it_is_not_read(tiny, siz
     heard = data.hearing(torch.randn(1, 48, data.MELS))
     reference = torch.rand(1, 12, size, size * 3 // 4, 3)
     cond = net.embed(data.middle(video), reference, heard)
-    x0 = net(torch.randn_like(cond.known), 0.9, cond)
+    x0 = net(torch.randn_like(cond.masked_source), 0.9, cond)
     out = data.paste(data.to_pixels(x0, 8), video)
     assert ((out == video) | (mask > 0)).all() and not torch.allclose(out, video, atol=0.05)
     hidden = torch.where(mask > 0, torch.rand_like(video), video)
     again = net.embed(data.middle(hidden), reference, heard)
-    assert torch.equal(again.tokens, cond.tokens) and torch.equal(again.known, cond.known)
+    assert torch.equal(again.tokens, cond.tokens) and torch.equal(
+        again.masked_source, cond.masked_source
+    )
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def test_two_dubs_of_one_person_look_the_same_to_the_network(size):
     edge = (mouth_mask(size) > 0) & (mouth_mask(size) < 1)
     assert (source.video[:, edge] != truth.video[:, edge]).any()
     assert torch.equal(conds[0].tokens, conds[1].tokens)
-    assert torch.equal(conds[0].known, conds[1].known)
+    assert torch.equal(conds[0].masked_source, conds[1].masked_source)
 
 
 @torch.no_grad()
@@ -109,7 +111,7 @@ def test_squares_are_added_where_they_overlap(tiny):
     """By hand: each token writes 12 x 12 pixels, and its neighbour starts 8 further."""
     x, known = torch.randn(1, 2, 6, 96), torch.randn(1, 2, 6, 768)
     shift, scale = torch.randn(1, 1, 2, 96).unbind(2)
-    squares = tiny.head(F.layer_norm(x, (96,)) * scale + shift).view(2, 2, 3, 4, 3, 12, 12)
+    squares = tiny.final_layer(F.layer_norm(x, (96,)) * scale + shift).view(2, 2, 3, 4, 3, 12, 12)
     canvas = torch.zeros(2, 4, 3, 2 * 8 + 4, 3 * 8 + 4)
     for r, c in itertools.product(range(2), range(3)):
         canvas[..., 8 * r : 8 * r + 12, 8 * c : 8 * c + 12] += squares[:, r, c]

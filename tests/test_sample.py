@@ -18,18 +18,20 @@ import runtime
 import sample
 import voices
 from data import RATE, mouth_mask
-from faces import draw
+from faces import render_clip
 from media import paste_box
 
 pytestmark = pytest.mark.usefixtures("float32")
 
 
 def test_the_time_grid(cfg):
-    grid = [round(sample.tau(j), 3) for j in (0, 20, 30, 40, 50)]
-    assert grid == [1, 0.882, 0.769, 0.556, 0] and sample.shift(0.5, 1) == 0.5
-    assert sample.student_times(cfg) == pytest.approx([0.999, sample.tau(40)])
+    grid = [round(sample.grid_time(j), 3) for j in (0, 20, 30, 40, 50)]
+    assert grid == [1, 0.882, 0.769, 0.556, 0] and sample.shift_time(0.5, 1) == 0.5
+    assert sample.denoising_times(cfg) == pytest.approx([0.999, sample.grid_time(40)])
     three = dataclasses.replace(cfg, student_steps=3, landing=30)
-    assert sample.student_times(three) == pytest.approx([0.999, sample.tau(15), sample.tau(30)])
+    assert sample.denoising_times(three) == pytest.approx(
+        [0.999, sample.grid_time(15), sample.grid_time(30)]
+    )
 
 
 @pytest.mark.parametrize("t", [0.3, torch.tensor([[0.2], [0.9]], dtype=torch.float64)])
@@ -43,12 +45,12 @@ def test_velocity_is_noise_less_picture(t):
 @torch.no_grad()
 def test_guidance_1_is_the_conditional_prediction_and_each_sample_may_have_its_own(tiny, parts):
     x, cond = parts(3)
-    plain, without = tiny(x, 0.7, cond), tiny(x, 0.7, tiny.without_audio(cond))
-    assert torch.equal(sample.guided(tiny, x, 0.7, cond, 1), plain)
+    plain, without = tiny(x, 0.7, cond), tiny(x, 0.7, tiny.null_cond(cond))
+    assert torch.equal(sample.cfg_predict(tiny, x, 0.7, cond, 1), plain)
     assert not torch.allclose(plain, without, atol=1e-3)
     scale, t = torch.tensor([3.0, 1.0]), torch.full((2, 1), 0.7)
     expected = without + scale.view(2, 1, 1, 1) * (plain - without)
-    each, both = (sample.guided(tiny, x, t, cond, s) for s in (scale, 3.0))
+    each, both = (sample.cfg_predict(tiny, x, t, cond, s) for s in (scale, 3.0))
     torch.testing.assert_close(each, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(both[:1], expected[:1], atol=1e-5, rtol=0)
 
@@ -58,18 +60,20 @@ def test_withheld_sound_is_what_training_drops_to(tiny):
     heard = data.hearing(torch.randn(2, 48, data.MELS))
     dropped = tiny.embed(rectangle, rectangle, heard, torch.tensor([True, False]))
     told = tiny.embed(rectangle, rectangle, heard)
-    torch.testing.assert_close(dropped.audio[0], tiny.without_audio(told).audio[0])
+    torch.testing.assert_close(dropped.audio[0], tiny.null_cond(told).audio[0])
     assert torch.equal(dropped.audio[1], told.audio[1])
 
 
 def test_euler_with_a_perfect_network_lands_on_x0(parts):
     _, cond = parts(3)
-    torch.testing.assert_close(sample.euler(lambda x, t, c: c.known, cond, 10), cond.known)
+    torch.testing.assert_close(
+        sample.euler(lambda x, t, c: c.masked_source, cond, 10), cond.masked_source
+    )
 
 
 def test_the_stream_equals_the_batch(tiny):
     """Frame by frame from raw pixels and samples, and the whole clip at once, on the same noise."""
-    clip = draw(11, 48, 32)
+    clip = render_clip(11, 48, 32)
     streamed = torch.cat(list(sample.stream(tiny, clip.video, clip.audio, seed=4)))
     whole = sample.dub_student(tiny, clip.video[None], data.log_mel(clip.audio)[None], seed=4)[0]
     assert streamed.shape == whole.shape and (streamed.int() - whole.int()).abs().max() <= 1
@@ -77,7 +81,7 @@ def test_the_stream_equals_the_batch(tiny):
 
 
 def test_mel_of_a_chunk_is_bit_for_bit_that_of_the_file(tiny):
-    audio = draw(12, 60, 32).audio
+    audio = render_clip(12, 60, 32).audio
     mel = data.log_mel(audio)[None]
     for c in range(5):
         heard = sample.chunk_mel(audio, c, tiny.cfg)
@@ -86,7 +90,7 @@ def test_mel_of_a_chunk_is_bit_for_bit_that_of_the_file(tiny):
 
 def test_the_stream_looks_no_further_than_it_says(tiny):
     """120 ms of sound behind the chunk, 7.5 of the mel's window, and no frame behind it."""
-    clip, other = draw(13, 36, 32), draw(14, 36, 32)
+    clip, other = render_clip(13, 36, 32), render_clip(14, 36, 32)
     n = 640 * 12 + 16 * 120 + 120
     audio = np.concatenate([clip.audio[:n], other.audio[n:]])
     video = torch.cat([clip.video[:12], other.video[12:]])
@@ -95,10 +99,10 @@ def test_the_stream_looks_no_further_than_it_says(tiny):
 
 
 def test_a_stream_of_any_length(tiny):
-    clip = draw(15, 31, 32)
+    clip = render_clip(15, 31, 32)
     assert [len(x) for x in sample.stream(tiny, iter(clip.video), clip.audio)] == [12, 12, 7]
     for frames in (torch.zeros(12, 64, 64, 3, dtype=torch.uint8), torch.zeros(12, 32, 32, 3)):
-        with pytest.raises(runtime.Fail, match="where the model needs"):
+        with pytest.raises(runtime.UserError, match="where the model needs"):
             list(sample.stream(tiny, frames, clip.audio))
 
 
@@ -108,13 +112,13 @@ def test_first_frames_lean_towards_the_ones_before():
     x0 = 10.0 * torch.arange(7).view(1, -1, 1, 1).expand(2, -1, 6, 768)
     mask = torch.ones(6, 768)
     mask[3] = 0
-    whole = sample.join(x0, mask, 3)
+    whole = sample.blend_seams(x0, mask, 3)
     inside, start = sample.LEAN
     moved = -10 * torch.tensor([0, inside, inside, start, inside, inside, start])
     torch.testing.assert_close((whole - x0)[0, :, 0, 0], moved)
     assert torch.equal(whole[..., 192:], x0[..., 192:]) and torch.equal(whole[:, :, 3], x0[:, :, 3])
     before = [None, *x0.split(3, 1)]
-    parts = [sample.join(part, mask, 3, b) for part, b in zip(x0.split(3, 1), before)]
+    parts = [sample.blend_seams(part, mask, 3, b) for part, b in zip(x0.split(3, 1), before)]
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
@@ -135,7 +139,7 @@ def test_a_short_picture_is_played_again_from_its_start(tmp_path, seconds, capsy
 
 
 def test_a_checkpoint_keeps_the_weights_and_the_landing(tmp_path, tiny):
-    net, clip, seen = copy.copy(tiny), draw(1, 12, 32), []
+    net, clip, seen = copy.copy(tiny), render_clip(1, 24, 32), []
     net.cfg = dataclasses.replace(tiny.cfg, landing=20)
     model.save_dit(tmp_path / "a.pt", net, "student")
     student = model.load_dit(tmp_path / "a.pt")
@@ -145,7 +149,8 @@ def test_a_checkpoint_keeps_the_weights_and_the_landing(tmp_path, tiny):
     modulation = student.modulation
     student.modulation = lambda t: (seen.append(t), modulation(t))[1]
     list(sample.stream(student, clip.video, clip.audio))
-    assert seen == pytest.approx([0.999, sample.tau(20), 0])
+    two_steps = [0.999, sample.grid_time(20)]
+    assert seen == pytest.approx([*two_steps, 0, *two_steps])
 
 
 def test_dubbing_a_recording(tmp_path, student_file):
@@ -206,7 +211,7 @@ def test_a_drawn_person_says_a_sound_file_or_a_text(tmp_path, student_file, caps
 
 
 def test_frames_to_a_pipe_whose_reader_may_leave_early(tmp_path, student_file):
-    clip, path = draw(21, 24, 32), tmp_path / "a.mp4"
+    clip, path = render_clip(21, 24, 32), tmp_path / "a.mp4"
     with media.write_video(path, (32, 32), clip.audio) as put:
         list(map(put, clip.video.numpy()))
     command = f"{sys.executable} {sample.__file__} --video {path} --out - --weights {student_file}"

@@ -16,7 +16,7 @@ SEED = faces.SPLITS["held-out"] + 500  # people whom the expert has never seen
 
 @pytest.mark.parametrize("shift", [-5, 0, 3])
 def test_a_known_shift_is_found_to_the_frame_and_right_sound_beats_wrong(expert, shift):
-    clip, other = faces.draw(SEED, 96, 32), faces.draw(SEED + 102, 96, 32)
+    clip, other = faces.render_clip(SEED, 96, 32), faces.render_clip(SEED + 102, 96, 32)
     mels = [log_mel(np.roll(sound, shift * 640)) for sound in (clip.audio, other.audio)]
     both = mouth_rectangle(clip.video).expand(2, -1, -1, -1, -1)
     (right, wrong), _, offset = syncnet.score(expert, both, torch.stack(mels))
@@ -25,7 +25,7 @@ def test_a_known_shift_is_found_to_the_frame_and_right_sound_beats_wrong(expert,
 
 def test_the_view_of_a_late_mouth_is_another(expert):
     """Nothing for the same video, less if half corrected, and a gradient for the guess alone."""
-    video = to_float(mouth_rectangle(faces.draw(SEED + 200, 48, 32).video))[None]
+    video = to_float(mouth_rectangle(faces.render_clip(SEED + 200, 48, 32).video))[None]
     early, late = video[:, :24], video[:, 3:27]
     views = [syncnet.view_loss(expert, x, early) for x in (early, (early + late) / 2, late)]
     assert views[0] == 0 < views[1] < 0.7 * views[2]
@@ -47,26 +47,26 @@ def test_sync_and_nce_by_hand():
 @torch.no_grad()
 def test_a_long_clip_is_scored_in_parts(expert):
     """As if it were in one: 41 s, more than a part holds."""
-    clip = faces.draw(SEED, 32, 32)
+    clip = faces.render_clip(SEED, 32, 32)
     rectangle = mouth_rectangle(clip.video).repeat(32, 1, 1, 1)[None]
     mel = log_mel(np.tile(clip.audio, 32))[None]
-    whole = syncnet.sync(expert.watch(to_float(rectangle))[1], expert.listen(mel))
+    whole = syncnet.sync(expert.encode_video(to_float(rectangle))[1], expert.encode_audio(mel))
     for a, b in zip(syncnet.score(expert, rectangle, mel), whole):
         assert a.item() == pytest.approx(b.item(), abs=0.01)
 
 
-def test_nobody_measured_recorded_mouths(cfg, watch, tmp_path):
+def test_nobody_measured_recorded_mouths(cfg, val, tmp_path):
     """An expert that has seen none reads none: a teacher is not shown what it makes up."""
     people = faces.drawn_clips("train", cfg.size, 24, "cpu")
     few = data.Clips(people, 2, cfg.size, "cpu", latents=6)
     few.shape[:] = torch.nan
-    syncnet.train(tmp_path / "a.pt", syncnet.Config(size=32), few, 2, 0, watch)
+    syncnet.train(tmp_path / "a.pt", syncnet.Config(size=32), few, 2, 0, val)
     net = syncnet.load_syncnet(tmp_path / "a.pt")
-    assert torch.equal(*net.watch(torch.randn(2, 12, 16, 24, 3))[2])
+    assert torch.equal(*net.encode_video(torch.randn(2, 12, 16, 24, 3))[2])
 
 
 def test_a_judge_from_the_command_line(tmp_path, expert_file, capsys):
-    clip = faces.draw(SEED + 200, 72, 64)
+    clip = faces.render_clip(SEED + 200, 72, 64)
     with media.write_video(tmp_path / "a.mp4", (64, 64), clip.audio) as put:
         for frame in clip.video:
             put(frame.numpy())
@@ -79,17 +79,19 @@ def test_a_judge_from_the_command_line(tmp_path, expert_file, capsys):
 
 
 @torch.no_grad()
-def test_measures_of_the_truth_of_a_mumbler_and_of_a_blur(expert, watch):
+def test_measures_of_the_truth_of_a_mumbler_and_of_a_blur(expert, val):
     """A mumbler, in step with the truth, opens half as far: gain 1/2."""
-    with runtime.mixed(expert):
-        read = torch.cat([expert.watch(to_float(mouth_rectangle(x[None])))[2] for x in watch.truth])
-    found = syncnet.measures(watch.truth, watch._replace(mouth=2 * read), expert)
+    with runtime.autocast(expert):
+        read = torch.cat(
+            [expert.encode_video(to_float(mouth_rectangle(x[None])))[2] for x in val.truth]
+        )
+    found = syncnet.compute_metrics(val.truth, val._replace(mouth=2 * read), expert)
     torch.testing.assert_close(found["gain"], torch.full((2,), 0.5))
     torch.testing.assert_close(found["landmark"], 100 * read.abs().mean((1, 2)))
     assert (found["sharp"] == 1).all() and (found["psnr"] > 70).all()
-    pixels = watch.truth.flatten(0, 1).permute(0, 3, 1, 2).float()
-    blurred = F.avg_pool2d(pixels, 3, 1, 1).permute(0, 2, 3, 1).view(watch.truth.shape)
-    found = syncnet.measures(blurred.to(torch.uint8), watch, expert)
+    pixels = val.truth.flatten(0, 1).permute(0, 3, 1, 2).float()
+    blurred = F.avg_pool2d(pixels, 3, 1, 1).permute(0, 2, 3, 1).view(val.truth.shape)
+    found = syncnet.compute_metrics(blurred.to(torch.uint8), val, expert)
     assert (found["sharp"] < 0.7).all() and (found["psnr"] < 40).all()
 
 

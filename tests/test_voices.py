@@ -101,8 +101,8 @@ def test_nobody_in_training_speaks_the_unheard_language(monkeypatch):
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     voices.espeak_paths.cache_clear()
-    with pytest.raises(runtime.Fail, match="pip install espeakng-loader"):
-        faces.draw(0, 12, 32)
+    with pytest.raises(runtime.UserError, match="pip install espeakng-loader"):
+        faces.render_clip(0, 12, 32)
 
 
 def test_the_bundled_student_moves_its_mouth_for_a_person():
@@ -110,8 +110,8 @@ def test_the_bundled_student_moves_its_mouth_for_a_person():
     student, judge = load_dit(SMALL / "student.pt"), syncnet.load_syncnet(SMALL / "judge.pt")
     audio, lips, phones = next(bench.recorded_sentences())
     person, T = faces.SPLITS["held-out"], len(audio) * 25 // data.RATE
-    truth = faces.draw(person, T, student.cfg.size, speech=(audio, lips))
-    source = faces.draw(person, T, student.cfg.size)
+    truth = faces.render_clip(person, T, student.cfg.size, speech=(audio, lips))
+    source = faces.render_clip(person, T, student.cfg.size)
     dub = torch.cat(list(sample.stream(student, source.video, audio)))
     opening = bench.mouth_opening(judge, dub)
     assert bench.follow(opening, truth.mouth[:, 0])[bench.LAGS.index(0)] > 0.5
@@ -129,9 +129,9 @@ def test_the_bundled_teacher_does_not_know_the_words_unless_it_hears():
         source, truth = faces.dub_pair(60 + i, 48, teacher.cfg.size)
         mel = data.log_mel(truth.audio)[None]
         cond = sample.embed_clip(teacher, source.video[None], mel)
-        noise = sample.seeded(i)(cond.known)
+        noise = sample.seeded(i)(cond.masked_source)
         row = []
-        for told in (teacher.without_audio(cond), cond):
+        for told in (teacher.null_cond(cond), cond):
             dub = sample.to_frames(teacher, teacher(noise, 0.999, told), source.video[None])[0]
             opening = bench.mouth_opening(judge, dub)
             row += [np.corrcoef(opening, clip.mouth[:, 0])[0, 1] for clip in (source, truth)]
