@@ -52,8 +52,8 @@ VARIANTS = {  # what is changed of the preset, one thing at a time; options of d
     "beta 5": {"beta": 5.0},
     "beta 40": {"beta": 40.0},
     "landing 30": {"landing": 30},
-    "1 step": {"student_steps": 1},
-    "4 steps": {"student_steps": 4},
+    "1 step": {"num_steps": 1},
+    "4 steps": {"num_steps": 4},
     "1 critic update": {"critic_updates": 1},
 }
 PAPER = {  # Sync-C and FVD of the same change there
@@ -67,8 +67,8 @@ PAPER = {  # Sync-C and FVD of the same change there
 
 @dataclasses.dataclass
 class Options(CommonOptions):
-    only: str = opt("", "ablate: rows whose names hold one of these words, with commas between")
-    seeds: int = opt(3, "ablate: trainings of each row")
+    only: str = opt("", "rows of ablate: those that hold one of these words, a comma between")
+    seeds: int = opt(3, "trainings of each row of ablate")
 
 
 class Windows:
@@ -183,7 +183,7 @@ def look_at_two_steps(windows, looker):
 def first_guess_of(student):
     """The student that stops at its first call."""
     net = copy.copy(student)
-    net.cfg = dataclasses.replace(student.cfg, student_steps=1)
+    net.cfg = dataclasses.replace(student.cfg, num_steps=1)
     return net
 
 

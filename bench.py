@@ -62,19 +62,21 @@ SPEAKERS = 2500  # from this number on, held-out people whom no other bench has 
 class CommonOptions:
     """The options that bench.py and analysis.py share."""
 
-    config: str = opt("small", "preset; 1.3B: speed and attention alone", ("tiny", "small", "1.3B"))
-    weights: str = opt("", "folder of teacher, student, judge; weights/CONFIG if not given")
-    out: str = opt("out/bench", "folder of the figures")
-    device: str = opt("", "cuda, mps or cpu; the best there is if not given")
+    config: str = opt(
+        "small", "the preset; 1.3B is for speed and attention alone", ("tiny", "small", "1.3B")
+    )
+    weights: str = opt("", "the folder of teacher, student and judge; weights/CONFIG if not given")
+    out: str = opt("out/bench", "the folder that figures are written to")
+    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
-    seed: int = opt(0, least=0)
-    clips: int = opt(0, "people; each command has its own number if not given", least=2)
+    seed: int = opt(0, "the number that random choices are drawn from", least=0)
+    clips: int = opt(0, "number of people; each command has its own if not given", least=2)
 
 
 @dataclasses.dataclass
 class Options(CommonOptions):
-    rounds: int = opt(5, "speed: times that each row is measured, taking turns")
-    seconds: int = opt(180, "long: of each stream", least=20)
+    rounds: int = opt(5, "times that speed measures each row, taking turns")
+    seconds: int = opt(180, "seconds of each stream that long measures", least=20)
 
 
 def checkpoint(cfg, name):
@@ -483,7 +485,7 @@ def speed(cfg, device):
 
     ways = {
         "student": functools.partial(sample.stream, net, clip.video, clip.audio),
-        "teacher_guided": functools.partial(teacher_windows, recipe.guidance),
+        "teacher_guided": functools.partial(teacher_windows, recipe.guidance_scale),
         "teacher": functools.partial(teacher_windows, 1.0),
     }
     if model.has_kernel(net):
@@ -518,7 +520,7 @@ def speed(cfg, device):
     result["ratio"] = result["student"]["fps"] / result["teacher_guided"]["fps"]
     # By the count of passes: the guided teacher makes two a step, the student one a call and one
     # for the cache.
-    result["bound"] = 2 * STEPS / (recipe.student_steps + 1)
+    result["bound"] = 2 * STEPS / (recipe.num_steps + 1)
     if cfg.config != "1.3B":
         result["train"] = training(recipe, device)
     return result

@@ -12,6 +12,7 @@ everything anew.
 
 import copy
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import data
 import faces
 import media
-import model as nn_model
+import model
 import runtime
 import sample
 import syncnet
@@ -62,57 +63,103 @@ STAGES = "judge", "syncnet", "teacher", "init", "student"
 
 
 @dataclasses.dataclass
-class Config(nn_model.Config):
-    config: str = opt("tiny", "preset", ("tiny", "small"))
-    stage: str = opt("all", "stop after this one", ("teacher", "init", "all"))
-    out: str = opt("", "folder; out/CONFIG if not given")
-    fresh: bool = opt(False, "use no result that is there, in out/ or weights/")
-    teacher: str = opt("", "a teacher's checkpoint to distil from")
-    weights: str = opt("", "folder whose judge, syncnet and teacher will do where --out has none")
-    folder: str = opt("", "train on the mp4s in this folder instead of drawn clips")
-    device: str = opt("", "cuda, mps or cpu; the best there is if not given")
+class Config(model.Config):
+    config: str = opt("tiny", "the preset that the options start from", ("tiny", "small"))
+    stage: str = opt("all", "the last stage to run", ("teacher", "init", "all"))
+    out: str = opt("", "the folder of results; out/CONFIG if not given")
+    fresh: bool = opt(False, "train every stage, even where a checkpoint is there")
+    teacher: str = opt("", "the checkpoint of a teacher to distil, with its experts beside it")
+    weights: str = opt("", "the folder whose judge, syncnet and teacher serve if --out has none")
+    folder: str = opt("", "a folder of mp4s to train on, instead of drawn people")
+    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
-    compile: str = opt("auto", "training; auto: long stages on a GPU", ("on", "off", "auto"))
-    seed: int = opt(0, "of weights, noise and batches", least=0)
-    clips: int = opt(700, "drawn clips in memory")
-    latents: int = opt(12, "latent frames of a sample, 1.92 s (paper: 21)")
-    batch: int = opt(16, "the teacher's and init's")
-    sync_steps: int = opt(500, "of each lip-sync expert")
-    teacher_steps: int = opt(3000, "of flow matching")
-    start: str = opt("", "a teacher's checkpoint to go on from, with the new expert's ears")
-    teacher_lr: float = opt(1.5e-3, "AdamW's")
-    muon_lr: float = opt(0.02, "Muon's, for the matrices of the blocks")
-    t_shift: float = opt(5.0, "training times are uniform, then shifted")
-    weight_clip: float = opt(2.0, "loss in velocity space: 1 / t^2, at most this")
-    edges: float = opt(2.0, "weight of differences between pixels; rises in the second half")
-    view: float = opt(0.05, "weight of the expert's view; rises in the third quarter (paper: 0)")
-    init_steps: int = opt(150, "of diffusion forcing (paper: 5,000)")
-    init_lr: float = opt(2e-4, "(paper: 1e-5)")
-    dmd_steps: int = opt(60, "student updates (paper: 600)")
-    dmd_batch: int = opt(8, "clips that the student dubs at a time")
-    student_lr: float = opt(2e-5, "(paper: 2e-6)")
-    critic_lr: float = opt(1e-4, "(paper: 2e-6)")
-    critic_updates: int = opt(5, "to one of the student (paper: 5)")
-    dmd_shift: float = opt(1.5, "as t_shift: the lower, the sharper (paper: 5)")
-    dmd_view: float = opt(0.3, "weight of the expert's view: keeps the mouth's shape (paper: 0)")
-    guidance: float = opt(2.0, "the teacher's in DMD, where --sync_window says (paper: 4.5)")
-    sync_window: str = opt("on", "where it is guided", ("on", "off", "reversed", "all"))
-    band_first: int = opt(20, "j of the 50-step grid where the window begins (paper: 20)", least=0)
-    band_last: int = opt(40, "and ends (paper: 40)")
-    beta: float = opt(20.0, "reward: a clip weighs exp(beta Sync-C); 0: off (paper: 2, at 10 x C)")
+    compile: str = opt(
+        "auto",
+        "torch.compile the training steps; auto: in long stages on a GPU",
+        ("on", "off", "auto"),
+    )
+    seed: int = opt(0, "the number that weights, noise and batches are drawn from", least=0)
+
+    # Data.
+    clips: int = opt(700, "training clips in memory; more people make a better network")
+    latents: int = opt(12, "latent frames of a training sample, .16 s each (paper: 21)")
+    batch: int = opt(16, "samples in a step of the teacher and of init")
+
+    # The lip-sync experts and the teacher.
+    sync_steps: int = opt(500, "training steps of each of the two lip-sync experts")
+    teacher_steps: int = opt(3000, "training steps of the teacher")
+    start: str = opt("", "the checkpoint of a teacher to train on, with the new expert's ears")
+    teacher_lr: float = opt(1.5e-3, "learning rate of AdamW, for the teacher's other weights")
+    muon_lr: float = opt(0.02, "learning rate of Muon, for the matrices of the teacher's blocks")
+    t_shift: float = opt(5.0, "shift of the teacher's training times; more: nearer to noise")
+    weight_clip: float = opt(2.0, "highest weight of the loss, which is 1 / t^2 below that")
+    edges: float = opt(2.0, "weight of differences between neighbouring pixels; more: crisper")
+    perceptual_weight: float = opt(
+        0.05, "weight of the perceptual loss in teacher and init; more: more in sync (paper: 0)"
+    )
+
+    # Init: diffusion forcing.
+    init_steps: int = opt(150, "training steps of init (paper: 5,000)")
+    init_lr: float = opt(2e-4, "learning rate of init (paper: 1e-5)")
+
+    # DMD.
+    dmd_steps: int = opt(60, "updates of the student; more: sharper, then too sharp (paper: 600)")
+    dmd_batch: int = opt(8, "clips that the student dubs in an update")
+    student_lr: float = opt(2e-5, "learning rate of the student (paper: 2e-6)")
+    critic_lr: float = opt(1e-4, "learning rate of the critic (paper: 2e-6)")
+    critic_updates: int = opt(5, "updates of the critic to one of the student (paper: 5)")
+    dmd_shift: float = opt(1.5, "shift of the times in DMD; less: sharper (paper: 5)")
+    dmd_perceptual_weight: float = opt(
+        0.3, "weight of the perceptual loss in DMD; more: nearer to the one truth (paper: 0)"
+    )
+    guidance_scale: float = opt(
+        2.0, "guidance of the teacher in DMD; more: more in sync, less real (paper: 4.5)"
+    )
+    sync_window: str = opt(
+        "on",
+        "times at which the teacher is guided: in the window, nowhere, outside it, at all times",
+        ("on", "off", "reversed", "all"),
+    )
+    band_first: int = opt(20, "step j, of 50, at which the window begins (paper: 20)", least=0)
+    band_last: int = opt(40, "step j, of 50, at which the window ends (paper: 40)")
+    beta: float = opt(
+        20.0,
+        "strength of the reward: a clip weighs exp(beta Sync-C); 0: none (the paper's 2, on its"
+        " scale of Sync-C, is 20 here)",
+    )
 
 
 PRESETS = {
     "tiny": dict(
-        size=32, width=96, heads=3, clips=192, sync_steps=500, teacher_steps=1200, teacher_lr=3e-3,
-        init_steps=100, init_lr=5e-4, dmd_steps=45, dmd_view=0.0, student_lr=1e-4, critic_lr=2e-4,
+        size=32,
+        width=96,
+        heads=3,
+        clips=192,
+        teacher_steps=1200,
+        teacher_lr=3e-3,
+        init_steps=100,
+        init_lr=5e-4,
+        dmd_steps=45,
+        dmd_perceptual_weight=0.0,
+        student_lr=1e-4,
+        critic_lr=2e-4,
     ),
     "small": dict(
-        weights=str(runtime.BUNDLED / "small"), size=128, depth=6, clips=300, sync_steps=700,
-        teacher_steps=7400, t_shift=3.5, weight_clip=4.0, init_steps=60, dmd_steps=24, dmd_view=0.1,
-        student_lr=4e-5, critic_lr=1.5e-4, guidance=1.5, sync_window="all",
+        weights=str(runtime.BUNDLED / "small"),
+        size=128,
+        depth=6,
+        clips=300,
+        sync_steps=700,
+        teacher_steps=7400,
+        t_shift=3.5,
+        weight_clip=4.0,
+        init_steps=60,
+        dmd_steps=28,
+        dmd_perceptual_weight=0.1,
+        student_lr=4e-5,
+        critic_lr=1.5e-4,
     ),
-}  # fmt: skip
+}
 
 
 def sample_times(batch, s, rng, lowest):
@@ -133,7 +180,7 @@ def target(batch):
 def evaluate_teacher(teacher, val, judge, cfg):
     """The measures of its dubs, in fewer steps than usual."""
     dub = sample.dub_teacher(
-        teacher, val.source, val.mel, steps=10, guidance=cfg.guidance, latents=cfg.latents
+        teacher, val.source, val.mel, steps=10, guidance=cfg.guidance_scale, latents=cfg.latents
     )
     return means(dub, val, judge)
 
@@ -143,26 +190,31 @@ def evaluate_student(student, val, judge):
     return means(dub_student(student, val.source, val.mel), val, judge)
 
 
-def perceptual_loss(reward, x0, batch, cfg):
-    """syncnet.view_loss of a guess x0 against the truth, in half of the clips: that costs a tenth
-    of a step."""
-    half = slice(-(-len(x0) // 2))
-    return syncnet.view_loss(reward, to_pixels(x0[half], cfg.patch), target(batch)[half])
+def expert_loss(expert, x0, batch, cfg):
+    """syncnet.perceptual_loss of x0 (B, L, N, P) against the truth, in half of the clips: so it
+    costs a tenth of a step."""
+    half = math.ceil(len(x0) / 2)
+    pixels = to_pixels(x0[:half], cfg.patch)
+    return syncnet.perceptual_loss(expert, pixels, target(batch)[:half])
 
 
 def flow_loss(net, x0, noise, t, cond, cfg, edges=None):
-    """Flow matching by a network that predicts x0, loss in velocity space: |v' - v|^2 =
-    |x0' - x0|^2 / t^2, clipped. t (B, 1) -> the loss, and x0'."""
-    guess = net(add_noise(x0, noise, t), t, cond)
+    """Flow matching by a network that predicts x0, with the loss in velocity space: |v' - v|^2 =
+    |x0' - x0|^2 / t^2. t (B, 1) -> the loss, and the prediction x0'.
+
+    The weight 1 / t^2 is clipped: near t = 0 the noisy picture shows all that is to be predicted,
+    and unclipped (2,500 at t = .02) those easy samples would be all that counts."""
+    pred = net(add_noise(x0, noise, t), t, cond)
     weight = (1 / t**2).clamp(max=cfg.weight_clip)
-    return denoising_loss(net, guess, x0, weight, edges), guess
+    return denoising_loss(net, pred, x0, weight, edges), pred
 
 
-def teacher_loss(net, reward, batch, noise, t, drop, cfg, edges, view):
+def teacher_loss(net, expert, batch, noise, t, drop, cfg, edges, perceptual_weight):
+    """flow_loss and, times a weight (None: without), expert_loss -> a number."""
     x0 = to_tokens(target(batch), cfg.patch)
-    loss, guess = flow_loss(net, x0, noise, t, embed(net, batch, drop), cfg, edges)
-    if view is not None:
-        loss = loss + view * perceptual_loss(reward, guess, batch, cfg)
+    loss, pred = flow_loss(net, x0, noise, t, embed(net, batch, drop), cfg, edges)
+    if perceptual_weight is not None:
+        loss = loss + perceptual_weight * expert_loss(expert, pred, batch, cfg)
     return loss
 
 
@@ -203,16 +255,17 @@ def train_teacher(cfg, clips, reward, judge, val):
         late = 2 * step / steps if cfg.start else 2 * step / steps - 1
         late = min(1.0, max(0.0, late))
         edges = torch.full((), late * cfg.edges, device=device)
-        view = torch.full((), min(1.0, 2 * late) * cfg.view, device=device)
+        perceptual = min(1.0, 2 * late) * cfg.perceptual_weight
+        perceptual = torch.full((), perceptual, device=device)
         if late == 0 and loss_of is teacher_loss:
-            view = None  # spares a tenth of a step; a second graph would take as long to compile
+            perceptual = None  # spares a tenth of a step; compiling without it would take as long
 
         batch = clips.sample_batch(B, cfg, rng)
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
         t = sample_times(batch, cfg.t_shift, rng, LOWEST)
         drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
         with autocast(net):
-            loss = loss_of(net, reward, batch, noise, t, drop, cfg, edges, view)
+            loss = loss_of(net, reward, batch, noise, t, drop, cfg, edges, perceptual)
         loss.backward()
         muon_lr = learning_rate(cfg.muon_lr, step, steps)
         adam_lr = learning_rate(cfg.teacher_lr, step, steps)
@@ -244,11 +297,11 @@ def init_loss(net, reward, batch, noise, t, cfg):
     """In x0, not in velocity: only two noise levels are left, and both guesses count alike (1 / t^2
     would weigh the landing three times the start, and the clean chunks infinitely)."""
     x0 = to_tokens(target(batch), cfg.patch)
-    guess = net(add_noise(x0, noise, t), t, embed(net, batch), causal=True)
+    pred = net(add_noise(x0, noise, t), t, embed(net, batch), causal=True)
     noisy = (t > 0).float()
-    loss = denoising_loss(net, guess, x0, noisy, cfg.edges)
-    guess = torch.where(noisy[..., None, None] > 0, guess, x0)
-    return loss + cfg.view * perceptual_loss(reward, guess, batch, cfg)
+    loss = denoising_loss(net, pred, x0, noisy, cfg.edges)
+    pred = torch.where(noisy[..., None, None] > 0, pred, x0)
+    return loss + cfg.perceptual_weight * expert_loss(reward, pred, batch, cfg)
 
 
 def train_init(cfg, teacher, clips, reward, judge, val):
@@ -298,43 +351,59 @@ def train_init(cfg, teacher, clips, reward, judge, val):
 
 
 def teacher_guidance(t, cfg):
-    """(B, 1) times -> (B,): how far the teacher is guided there. The window (paper Eq. 6): j in
-    [20, 40] of the grid, t in [.556, .882]. Nearer to noise there is no mouth yet to be moved,
-    nearer to the picture it is settled: guidance there would only exaggerate it."""
+    """Times (B, 1) -> the scale (B,) by which the teacher is guided there.
+
+    The window (paper Eq. 6) is j in [20, 40] of the grid, t in [.556, .882]. Nearer to noise there
+    is no mouth yet to be moved, nearer to the picture it is settled: guidance there would only
+    exaggerate it."""
     inside = ((t >= grid_time(cfg.band_last)) & (t <= grid_time(cfg.band_first)))[:, 0]
-    guide = dict(on=inside, off=inside & False, reversed=~inside, all=inside | True)
-    return torch.where(guide[cfg.sync_window], cfg.guidance, 1.0)
+    if cfg.sync_window == "off":
+        inside = torch.zeros_like(inside)
+    elif cfg.sync_window == "all":
+        inside = torch.ones_like(inside)
+    elif cfg.sync_window == "reversed":
+        inside = ~inside
+    return torch.where(inside, cfg.guidance_scale, 1.0)
 
 
-def dmd_gradient(fake, real, X):
-    """g = (f - r) / mean |X - r|, the mean per sample. All (B, L, N, P). The mean here and the
-    one in the loss both count the known pixels, where all is 0: the count cancels."""
-    size = (X - real).abs().flatten(1).mean(1).clamp(min=1e-6)
-    return (fake - real) / size.view(-1, 1, 1, 1)
+def dmd_gradient(pred_fake, pred_real, X):
+    """g = (pred_fake - pred_real) / mean |X - pred_real|, the mean per sample: without it, samples
+    at high noise, where predictions lie far apart, would drown the others. All (B, L, N, P). The
+    mean here and the one in the loss both count the known pixels, where all is 0: the count
+    cancels."""
+    distance = (X - pred_real).abs().flatten(1).mean(1).clamp(min=1e-6)
+    return (pred_fake - pred_real) / distance.view(-1, 1, 1, 1)
 
 
 def dmd_loss(X, g, weight):
     """1/2 |X - sg(X - g)|^2, a sample at a time, weighted (B,). Its value means nothing; its
     gradient is what counts. X - g is held constant, so d/dX of half the square is X - (X - g) = g:
-    a descent step moves X along -g = r - f, from what the critic expects towards what the teacher
-    expects, as if g were the derivative of a loss."""
-    return (0.5 * (X - (X - g).detach()).square().flatten(1).mean(1) * weight).mean()
+    a descent step moves X along -g = pred_real - pred_fake, from what the critic expects towards
+    what the teacher expects, as if g were the derivative of a loss."""
+    goal = (X - g).detach()
+    half_squares = 0.5 * (X - goal).square().flatten(1).mean(1)  # B
+    return (half_squares * weight).mean()
 
 
 def student_loss(cfg, X, batch, teacher, critic, reward, rng):
-    """Move the dubs X by what the critic and the teacher, shown the same noisy X, differ in -> the
-    loss, and X's mean Sync-C."""
+    """Move the dubs X (B, L, N, P) by what the critic and the teacher, shown the same noisy X,
+    differ in -> the loss, and X's mean Sync-C."""
     with torch.no_grad():
         t = sample_times(batch, cfg.dmd_shift, rng, LOWEST)
         x_t = add_noise(X, noise_like(X, rng), t)
-        real = cfg_predict(teacher, x_t, t, embed(teacher, batch), teacher_guidance(t, cfg)).float()
-        fake = critic(x_t, t, embed(critic, batch)).float()
-        g = dmd_gradient(fake, real, X)
-        weight, c = reward_weights(reward, to_pixels(X, cfg.patch), batch.mel, cfg.beta)
+        scale = teacher_guidance(t, cfg)
+        pred_real = cfg_predict(teacher, x_t, t, embed(teacher, batch), scale).float()
+        # The critic must go on learning: it tells where the student's dubs are too common. One that
+        # stays a copy of the teacher would differ from it by the guidance alone, and push for ever
+        # in that direction (a row of analysis.py ablate).
+        pred_fake = critic(x_t, t, embed(critic, batch)).float()
+        g = dmd_gradient(pred_fake, pred_real, X)
+        weight, sync_c = reward_weights(reward, to_pixels(X, cfg.patch), batch.mel, cfg.beta)
     loss = dmd_loss(X, g, weight)
-    if cfg.dmd_view:  # as the first DMD's regression (arXiv 2311.18828), in the expert's eyes
-        loss = loss + cfg.dmd_view * perceptual_loss(reward, X, batch, cfg)
-    return loss, c
+    if cfg.dmd_perceptual_weight:
+        # As the regression of the first DMD (arXiv 2311.18828), but in the expert's eyes.
+        loss = loss + cfg.dmd_perceptual_weight * expert_loss(reward, X, batch, cfg)
+    return loss, sync_c
 
 
 def train_dmd(cfg, teacher, init, clips, reward, judge, val):
@@ -365,14 +434,14 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, val):
             # The student dubs the batch, up to one of its calls, drawn by chance: the same one in
             # all processes, so that none waits for another.
             chance = np.random.default_rng([cfg.seed, step, turn])
-            exit_step = int(chance.integers(cfg.student_steps))
+            exit_step = int(chance.integers(cfg.num_steps))
             with torch.set_grad_enabled(students_turn), autocast(student):
                 X = rollout(student, embed(student, batch), exit_step, rng)
 
             # The last of these turns trains the student ...
             if students_turn:
                 with autocast(student):
-                    loss, c = student_loss(cfg, X, batch, teacher, critic, reward, rng)
+                    loss, sync_c = student_loss(cfg, X, batch, teacher, critic, reward, rng)
                 loss.backward()
                 norm = optimizer_step(student, {adam: cfg.student_lr})
                 update_ema(ema, student, step, horizon=steps / 4)
@@ -389,7 +458,7 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, val):
         save_now = time.time() - saved > runtime.SAVE_SECONDS
         if step % log_every == 0 or step == steps or save_now:
             values = runtime.finite(
-                "student", step, critic_loss=critic_loss, loss=loss, norm=norm, reward_c=c
+                "student", step, critic_loss=critic_loss, loss=loss, norm=norm, reward_c=sync_c
             )
             if rank() == 0 and (step % evaluate_every == 0 or step == steps):
                 values |= evaluate_student(ema, val, judge)
@@ -475,7 +544,7 @@ def closing_table(cfg, teacher, student, judge, device):
     rows = {
         "truth": means(pairs.truth, pairs, judge),
         "teacher, 50 steps, unguided": means(teachers, pairs, judge),
-        f"student, {cfg.student_steps} steps a chunk": means(students, pairs, judge),
+        f"student, {cfg.num_steps} steps a chunk": means(students, pairs, judge),
     }
     print(
         f"\n{TABLE_CLIPS} held-out people, dubbed to other words, and a judge that trains nothing:"

@@ -283,7 +283,7 @@ def held_out(n, size, split, device, latents=24):
 
 @dataclasses.dataclass
 class Options:
-    out: str = opt("out/faces", "folder")
+    out: str = opt("out/faces", "the folder that pictures are written to")
 
 
 def main(argv):

@@ -27,16 +27,16 @@ MAX_LATENTS = 256  # of the RoPE table; a stream uses the first sink + window, h
 
 @dataclasses.dataclass
 class Config:
-    size: int = opt(64, "pixels, side of the model's square (paper: 512)")
-    patch: int = opt(8, "pixels, side of a token's square")
-    width: int = opt(256, "D")
-    depth: int = opt(4, "blocks")
-    heads: int = opt(4, "of attention")
-    chunk: int = opt(3, "latent frames generated at a time (paper: 3)")
-    sink: int = opt(1, "first latent frames, always attended to (paper: 1)", least=0)
-    window: int = opt(6, "latest latent frames attended to, the chunk included (paper: 6)")
-    student_steps: int = opt(2, "denoising calls a chunk (paper: 2)")
-    landing: int = opt(40, "j of the student's last call, 0 noise, 50 clean (paper: 30)")
+    size: int = opt(64, "side of the square picture in pixels (paper: 512)")
+    patch: int = opt(8, "side of a token's square in pixels; less: finer and slower")
+    width: int = opt(256, "D, the number of values that a token carries")
+    depth: int = opt(4, "number of transformer blocks")
+    heads: int = opt(4, "number of attention heads")
+    chunk: int = opt(3, "latent frames that are generated at a time; more: later (paper: 3)")
+    sink: int = opt(1, "first latent frames of a video, attended to for ever (paper: 1)", least=0)
+    window: int = opt(6, "latest latent frames attended to, with the chunk's own (paper: 6)")
+    num_steps: int = opt(2, "denoising steps of the student for a chunk (paper: 2)")
+    landing: int = opt(40, "step j, of 50, at which the student's last step begins (paper: 30)")
 
 
 def grid(cfg):

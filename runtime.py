@@ -21,7 +21,11 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 
 BUNDLED = Path(__file__).parent / "weights"
-PRECISIONS = "of products, else what the device does fast", ("float32", "bfloat16")  # an option's
+# The help and the choices of an option.
+PRECISIONS = (
+    "type that products are made in; the one that the device makes fastest if not given",
+    ("float32", "bfloat16"),
+)
 precision = ""  # what --precision says, for the whole process; "": what the device does fast
 WHERE = "stage", "out", "fresh", "device", "precision", "compile"  # options that change no result
 SAVE_SECONDS = 30  # between two states of a training that a stopped run goes on from

@@ -69,7 +69,7 @@ def denoising_times(cfg):
     """The times of the student's calls: noise (told as .999, the last time that training knows),
     then on to the landing. At j = 30 half as much of the first guess is left in x_t as at 40
     (.23, .44): more is invented anew, and with a small network that is softer."""
-    last = cfg.student_steps - 1
+    last = cfg.num_steps - 1
     return [0.999] + [grid_time(cfg.landing * i / last) for i in range(1, last + 1)]
 
 
@@ -301,7 +301,7 @@ class Streamer:
         self.blend = blend
         self.rng = torch.Generator(self.device).manual_seed(seed)
         cfg = net.cfg
-        shape = (cfg.student_steps, 1, cfg.chunk, *net.mask.shape)
+        shape = (cfg.num_steps, 1, cfg.chunk, *net.mask.shape)
         self.noise = torch.empty(shape, device=self.device)
         self.cache = KVCache(net, batch=1)
         self.steps = 0
@@ -457,19 +457,23 @@ def side_by_side(path, net, pairs, seed=0, compile=False):
 
 @dataclasses.dataclass
 class Options:
-    video: str = opt("", "the recording to dub; a held-out drawn face if not given")
+    video: str = opt("", "the recording to dub; a drawn person if not given")
     audio: str = opt("", "the sound to dub it with; the video's own if not given")
-    text: str = opt("", "or words, which eSpeak NG says")
-    voice: str = opt("en-us", "of --text: an eSpeak language, or one with a variant, de+f4")
-    face: int = opt(3, "without --video: the drawn person who says it", least=0)
+    text: str = opt("", "the words to dub it with, said by eSpeak NG")
+    voice: str = opt(
+        "en-us", "the eSpeak voice of --text: a language, or one with a variant, de+f4"
+    )
+    face: int = opt(3, "the number of the drawn person, if there is no --video", least=0)
     out: str = opt("out/dub.mp4", "the dubbed video; - for raw RGB frames on standard output")
     box: str = opt("", "X,Y,SIDE of the face in pixels; the centred square if not given")
-    weights: str = opt("", "a student's checkpoint; the bundled one if not given")
-    device: str = opt("", "cuda, mps or cpu; the best there is if not given")
+    weights: str = opt("", "the checkpoint of a student; the bundled one if not given")
+    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
-    seed: int = opt(0, least=0)
-    attention: str = opt("auto", "auto: kernels.py on NVIDIA's GPUs, else dense", ("auto", "dense"))
-    compile: str = opt("off", "a chunk as one CUDA graph, on a GPU", ("on", "off"))
+    seed: int = opt(0, "the number that the noise is drawn from", least=0)
+    attention: str = opt(
+        "auto", "the stream's attention; auto: by kernels.py on NVIDIA's GPUs", ("auto", "dense")
+    )
+    compile: str = opt("off", "replay each chunk as one CUDA graph; needs a GPU", ("on", "off"))
 
 
 def main(argv):

@@ -72,14 +72,14 @@ class SyncNet(nn.Module):
         return F.normalize(self.sound_out(self.sound(mel.mT)).float().mT, dim=-1)
 
 
-def view_loss(net, guess, truth):
+def perceptual_loss(net, pred, truth):
     """How differently the expert sees two rectangles (B, T, S/2, 3S/4, 3) in [-1, 1] -> a number:
     frame by frame (as LPIPS, but by eyes that know mouths) and, a fifth each, in the embedding of
     five frames and in the mouth, of which 3% of the side count as 1. The reward has no gradient,
     this has: it pulls towards one known picture, not towards whatever pleases the expert."""
     with torch.no_grad():
         true_seen, true_v, true_shape = net.encode_video(truth)
-    seen, v, shape = net.encode_video(guess)
+    seen, v, shape = net.encode_video(pred)
     size = seen.shape[-1:]
     perceived = F.layer_norm(seen.float(), size) - F.layer_norm(true_seen.float(), size)
     embedded = (v - true_v).square().sum(-1).mean()
@@ -245,7 +245,7 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
     rng = torch.Generator(device).manual_seed(seed)
     net = SyncNet(cfg).to(device)
     drawn = clips.shape.isfinite().all()
-    if not drawn:  # nobody measured recorded mouths: let view_loss see none either
+    if not drawn:  # nobody measured recorded mouths: let perceptual_loss see none either
         nn.init.zeros_(net.mouth.weight)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.11)
@@ -297,11 +297,11 @@ def find_weights(name, given=""):
 
 @dataclasses.dataclass
 class Options:
-    video: str = opt("", "the clip to judge")
-    audio: str = opt("", "judge it with this sound instead of its own")
+    video: str = opt("", "the video clip to judge")
+    audio: str = opt("", "the sound to judge it with; the clip's own if not given")
     box: str = opt("", "X,Y,SIDE of the face in pixels; the centred square if not given")
-    weights: str = opt("", "a judge's checkpoint; the bundled one if not given")
-    device: str = opt("", "cuda, mps or cpu; the best there is if not given")
+    weights: str = opt("", "the checkpoint of a judge; the bundled one if not given")
+    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
 
 
 def main(argv):

@@ -473,7 +473,7 @@ def read_phones(aligned):
 
 @dataclasses.dataclass
 class Options:
-    out: str = opt("out/voices", "folder")
+    out: str = opt("out/voices", "the folder that sounds are written to")
 
 
 def main(argv):

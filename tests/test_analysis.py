@@ -58,7 +58,7 @@ def test_trajectories_by_hand(tiny, float32):
     assert not near(windows.frames(end), ends[2.0])
     last = sample.dub_student(tiny, source, mel)
     first = sample.dub_student(analysis.first_guess_of(tiny), source, mel)
-    assert not near(first, last) and tiny.cfg.student_steps == 2
+    assert not near(first, last) and tiny.cfg.num_steps == 2
 
     rng = torch.Generator().manual_seed(0)
     t = sample.grid_time(30)

@@ -66,7 +66,7 @@ def test_the_teacher_is_guided_exactly_inside_the_window(cfg, where):
     switch, inside = where.split()
     cfg = dataclasses.replace(cfg, sync_window=switch)
     t = torch.tensor([[0.5555], [0.5556], [0.7], [0.8823], [0.8824]])  # .55556 to .88235
-    assert teacher_guidance(t, cfg).tolist() == [(1, cfg.guidance)[int(i)] for i in inside]
+    assert teacher_guidance(t, cfg).tolist() == [(1, cfg.guidance_scale)[int(i)] for i in inside]
 
 
 @pytest.mark.parametrize("call", [0, 1])
@@ -82,7 +82,7 @@ def test_a_rollout_is_streaming_with_gradient_in_one_call(tiny, clips, cfg, call
     X.square().mean().backward()
     assert [n for n, p in student.named_parameters() if p.grad is None] == ["null_audio"]
     assert all(p.grad.any() for p in student.parameters() if p.grad is not None)
-    student.cfg = dataclasses.replace(tiny.cfg, student_steps=call + 1)
+    student.cfg = dataclasses.replace(tiny.cfg, num_steps=call + 1)
     streamed = sample.generate(student, sample.in_chunks(cond, cfg.chunk), sample.seeded(5))
     torch.testing.assert_close(X, torch.cat(list(streamed), 1), atol=1e-4, rtol=0)
 

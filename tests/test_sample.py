@@ -28,7 +28,7 @@ def test_the_time_grid(cfg):
     grid = [round(sample.grid_time(j), 3) for j in (0, 20, 30, 40, 50)]
     assert grid == [1, 0.882, 0.769, 0.556, 0] and sample.shift_time(0.5, 1) == 0.5
     assert sample.denoising_times(cfg) == pytest.approx([0.999, sample.grid_time(40)])
-    three = dataclasses.replace(cfg, student_steps=3, landing=30)
+    three = dataclasses.replace(cfg, num_steps=3, landing=30)
     assert sample.denoising_times(three) == pytest.approx(
         [0.999, sample.grid_time(15), sample.grid_time(30)]
     )

@@ -27,10 +27,10 @@ def test_the_view_of_a_late_mouth_is_another(expert):
     """Nothing for the same video, less if half corrected, and a gradient for the guess alone."""
     video = to_float(mouth_rectangle(faces.render_clip(SEED + 200, 48, 32).video))[None]
     early, late = video[:, :24], video[:, 3:27]
-    views = [syncnet.view_loss(expert, x, early) for x in (early, (early + late) / 2, late)]
+    views = [syncnet.perceptual_loss(expert, x, early) for x in (early, (early + late) / 2, late)]
     assert views[0] == 0 < views[1] < 0.7 * views[2]
     guess, truth = late.clone().requires_grad_(), early.clone().requires_grad_()
-    syncnet.view_loss(expert, guess, truth).backward()
+    syncnet.perceptual_loss(expert, guess, truth).backward()
     assert truth.grad is None and guess.grad[:, :, :, 4:20].abs().mean() > 0
 
 
