@@ -32,7 +32,7 @@ LABELS = {
     "psnr": "PSNR (dB)",
     "landmark": "landmark (%)",
     "gain": "gain",
-    "sharp": "sharp",
+    "sharpness": "sharpness",
     "frechet": "Fréchet",
     "j": "step j (0 noise, 50 clean)",
     "landing": "j at which the second step begins",
@@ -55,6 +55,7 @@ VARIANTS = {  # what is changed of the preset, one thing at a time; options of d
     "1 step": {"num_steps": 1},
     "4 steps": {"num_steps": 4},
     "1 critic update": {"critic_updates": 1},
+    "critic never trained": {"critic_lr": 0.0},
 }
 PAPER = {  # Sync-C and FVD of the same change there
     "as it is": "6.88, 119",
@@ -133,7 +134,7 @@ class Looker:
             people = range(len(self.moments))
             mouths = mouth_rectangle(video)[people, self.moments]
             picture = mouths.flatten(0, 1).cpu().numpy()
-            self.pictures.append((f"{title}\nsharp {row['sharp']:.2f}", picture))
+            self.pictures.append((f"{title}\nsharp {row['sharpness']:.2f}", picture))
         return where | row
 
 
@@ -240,7 +241,7 @@ def draw_curves(path, rows, recipe, people):
         "truth": [rows["truth"]],
     }
     caption = f"Fixed guidance against schedules. {bars}"
-    axes = [("frechet", "sync_c"), ("landmark", "sync_c"), ("sharp", "sync_c")]
+    axes = [("frechet", "sync_c"), ("landmark", "sync_c"), ("sharpness", "sync_c")]
     panels(f"{path}-ends.png", caption, curves, axes)
 
 

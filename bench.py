@@ -44,7 +44,7 @@ from syncnet import compute_metrics, features, gaussian_distance, load_syncnet, 
 # syncnet.compute_metrics. The last is the Fréchet distance between the dubs and the truths of all
 # people, see syncnet.frechet; a plain one grows as the number of people falls, so its bias is
 # removed here by the jackknife, see frechet_of_all. What is left may lie a little below zero.
-COLUMNS = {"sync_c": 3, "psnr": 2, "landmark": 2, "gain": 2, "sharp": 2, "frechet": 2}
+COLUMNS = {"sync_c": 3, "psnr": 2, "landmark": 2, "gain": 2, "sharpness": 2, "frechet": 2}
 PEOPLE = {"quality": 64, "speech": 3, "long": 4}  # how many there are unless --clips is given
 RESAMPLES = 1000  # of the people, for the interval of a difference between two rows
 FRECHET_RESAMPLES = 100  # of a difference of Fréchet distances, each of which takes 7 ms

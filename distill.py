@@ -227,7 +227,7 @@ def train_teacher(cfg, clips, reward, judge, val):
     net = DiT(network_of(cfg)).to(device)
     if cfg.start:
         net.load_state_dict(load_dit(cfg.start).state_dict())
-    net.audio_encoder.load_state_dict(reward.sound.state_dict())
+    net.audio_encoder.load_state_dict(reward.audio_encoder.state_dict())
     ema = copy.deepcopy(net).requires_grad_(False)
 
     # Muon for the matrices of the blocks, where it learns in little over half the time.
@@ -549,7 +549,7 @@ def closing_table(cfg, teacher, student, judge, device):
     print(
         f"\n{TABLE_CLIPS} held-out people, dubbed to other words, and a judge that trains nothing:"
     )
-    syncnet.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharp=2, frechet=2))
+    syncnet.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharpness=2, frechet=2))
 
     _, clip = faces.dub_pair(0, pairs.source.shape[1], cfg.size)
     for _ in range(2):  # the first warms up

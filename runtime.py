@@ -475,7 +475,7 @@ def draw_curves(cfg):
 
     stages = read_log(Path(cfg.out, "log.jsonl"))
     figure, axes = plt.subplots(2, 4, figsize=(16, 6), layout="constrained")
-    keys = "loss critic_loss sync_c reward_c frechet sharp psnr landmark".split()
+    keys = "loss critic_loss sync_c reward_c frechet sharpness psnr landmark".split()
     for axis, key in zip(axes.flat, keys):
         axis.set(title=key, xlabel="share of the stage")
         for stage, rows in stages.items():

@@ -10,6 +10,7 @@
 Flow matching: x_t = (1 - t) x0 + t eps, t = 0 is clean and t = 1 is noise; v = eps - x0.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -50,8 +51,11 @@ from syncnet import find_weights
 
 SHIFT = 5.0  # of the time grid (paper: 5)
 STEPS = 50  # of the teacher's grid (paper: 50)
-FACE_SECONDS, FACE_SCALE = 8, 3  # of a drawn person who says something
-LEAN = 0.1, 0.2  # how far a token's first frame leans to the one before: in a chunk, at its start
+FACE_SECONDS = 8  # of a drawn person, played back and forth
+FACE_SCALE = 3  # of the picture that he is shown in
+# How far a token's first frame leans to the one before it: inside a chunk, and at its start.
+TOKEN_LEAN = 0.1
+CHUNK_LEAN = 0.2
 
 
 def shift_time(u, s=SHIFT):
@@ -91,16 +95,20 @@ def to_velocity(x_t, x0, t):
 def previous_chunk(video, cfg):
     """The reference at inference: the source one chunk ago, never the frames being replaced; at the
     start its first frame, held still. video (B, T, ...) -> the same shape."""
-    n = min(4 * cfg.chunk, video.shape[1])
-    return torch.cat([video[:, :1].repeat_interleave(n, 1), video[:, : video.shape[1] - n]], 1)
+    T = video.shape[1]
+    delay = min(4 * cfg.chunk, T)
+    still = video[:, :1].repeat_interleave(delay, 1)
+    return torch.cat([still, video[:, : T - delay]], 1)
 
 
 @torch.no_grad()
 def embed_clip(net, source, mel, start=0, end=None):
     """Latent frames start..end of source (B, T, S, S, 3) uint8 and mel (B, 4 T, MELS) -> Cond."""
-    end = source.shape[1] // 4 if end is None else end
-    video, part = to_float(middle(source)), slice(4 * start, 4 * end)
+    if end is None:
+        end = source.shape[1] // 4
+    video = to_float(middle(source))
     reference = previous_chunk(video, net.cfg)
+    part = slice(4 * start, 4 * end)
     with autocast(net):
         return net.embed(video[:, part], reference[:, part], data.hearing(mel, start, end))
 
@@ -112,12 +120,17 @@ def blend_seams(x0, mask, chunk, before=None):
     unjoined, as in training.) At small, frames then change at borders as much as elsewhere, 1.1 to
     1.2 times as much as the truth's; without, 1.5 times where a chunk starts. More costs sync."""
     n = x0.shape[-1] // 4  # values of a frame
-    first = x0[:, :1, :, :n] if before is None else before[:, -1:, :, -n:]
-    last = torch.cat([first, x0[:, :-1, :, -n:]], 1)
-    starts = torch.arange(x0.shape[1], device=x0.device) % chunk == 0
-    share = torch.where(starts, LEAN[1], LEAN[0])[:, None, None] * mask[:, :n]
-    leaning = torch.lerp(x0[..., :n], last.to(x0.dtype), share.to(x0.dtype))
-    return torch.cat([leaning, x0[..., n:]], -1)
+    first_frame = x0[..., :n]
+    if before is None:
+        frame_before = first_frame[:, :1]  # so the very first one stays as it is
+    else:
+        frame_before = before[:, -1:, :, -n:]
+    frames_before = torch.cat([frame_before, x0[:, :-1, :, -n:]], 1)
+    starts_chunk = torch.arange(x0.shape[1], device=x0.device) % chunk == 0
+    lean = torch.where(starts_chunk, CHUNK_LEAN, TOKEN_LEAN)
+    weight = lean[:, None, None] * mask[:, :n]
+    first_frame = torch.lerp(first_frame, frames_before.to(x0.dtype), weight.to(x0.dtype))
+    return torch.cat([first_frame, x0[..., n:]], -1)
 
 
 def to_frames(net, x0, source, before=None, blend=True):
@@ -130,37 +143,42 @@ def to_frames(net, x0, source, before=None, blend=True):
 
 
 def cfg_predict(net, x_t, t, cond, scale):
-    """x0_null + s (x0_audio - x0_null), a forward pass of twice the batch; s = 1 is the conditional
-    prediction alone. scale: a number, or one a sample (B,)."""
+    """Classifier-free guidance: x0_null + s (x0_audio - x0_null), by a forward pass of twice the
+    batch; s = 1 is the conditional prediction alone. scale: a number, or one a sample (B,)."""
     if not torch.is_tensor(scale) and scale == 1:
         return net(x_t, t, cond)
-    t = torch.cat([t, t]) if torch.is_tensor(t) else t
+    if torch.is_tensor(t):
+        t = torch.cat([t, t])
+    if torch.is_tensor(scale):
+        scale = scale.view(-1, 1, 1, 1)
     both = Cond(*(torch.cat(pair) for pair in zip(cond, net.null_cond(cond))))
-    with_audio, without = net(torch.cat([x_t, x_t]), t, both).chunk(2)
-    scale = scale.view(-1, 1, 1, 1) if torch.is_tensor(scale) else scale
-    return without + scale * (with_audio - without)
+    x0_audio, x0_null = net(torch.cat([x_t, x_t]), t, both).chunk(2)
+    return x0_null + scale * (x0_audio - x0_null)
 
 
 @torch.no_grad()
 def euler(net, cond, steps=STEPS, guidance=1.0, rng=None):
     """Noise -> x0 (B, L, N, P) along the shifted grid by Euler steps of the velocity."""
-    x = torch.randn(cond.masked_source.shape, generator=rng).to(cond.masked_source.device)
+    x_t = torch.randn(cond.masked_source.shape, generator=rng).to(cond.masked_source.device)
     for j in range(steps):
-        t, following = grid_time(j, steps), grid_time(j + 1, steps)
-        x0 = cfg_predict(net, x, t, cond, guidance).float()
-        x = x + (following - t) * to_velocity(x, x0, t)
-    return x
+        t = grid_time(j, steps)
+        next_t = grid_time(j + 1, steps)
+        x0 = cfg_predict(net, x_t, t, cond, guidance).float()
+        x_t = x_t + (next_t - t) * to_velocity(x_t, x0, t)
+    return x_t
 
 
 def dub_teacher(net, source, mel, steps=STEPS, guidance=1.0, latents=12, seed=0):
     """Dub whole clips with the bidirectional model, in windows of `latents` latent frames, as long
     as it was trained on (the last one is moved back to end with the clip). source (B, T, S, S, 3)
     uint8, mel (B, 4 T, MELS) -> uint8 like source."""
-    rng, L = torch.Generator().manual_seed(seed), source.shape[1] // 4
+    rng = torch.Generator().manual_seed(seed)
+    L = source.shape[1] // 4
     x0 = torch.empty(len(source), L, *net.mask.shape, device=source.device)
     for start in range(0, L, latents):
         start = max(0, min(start, L - latents))
-        cond = embed_clip(net, source, mel, start, min(L, start + latents))
+        end = min(L, start + latents)
+        cond = embed_clip(net, source, mel, start, end)
         with autocast(net):
             x0[:, start : start + latents] = euler(net, cond, steps, guidance, rng)
     return to_frames(net, x0, source)
@@ -370,10 +388,13 @@ def clock(frames_of, device):
     Pixels and samples are in memory when the clock starts; everything from there to uint8 frames in
     host memory is included."""
     runtime.synchronize(device)
-    start, first, count = time.perf_counter(), None, 0
+    start = time.perf_counter()
+    first = None
+    count = 0
     for frames in frames_of:
         frames.cpu()
-        first = first or time.perf_counter() - start
+        if first is None:
+            first = time.perf_counter() - start
         count += len(frames)
     return count / (time.perf_counter() - start), first
 
@@ -400,7 +421,7 @@ def dub_face(net, cfg, audio):
     seed = SPLITS["held-out"] + 2 * cfg.face
     face = render_clip(seed, FACE_SECONDS * FPS, net.cfg.size).video
     there_and_back = torch.cat([face, face[1:-1].flip(0)])
-    total = -(-len(audio) * FPS // RATE)
+    total = math.ceil(len(audio) * FPS / RATE)
     source = (there_and_back[i % len(there_and_back)] for i in range(total))
     side = FACE_SCALE * net.cfg.size
     with media.write_video(cfg.out, (side, side), audio) as put:
@@ -413,46 +434,61 @@ def dub_face(net, cfg, audio):
 def dub_file(net, cfg, audio):
     """cfg.video with `audio`, samples or a Sound -> cfg.out, as long as the sound, at the video's
     own size. Nothing is held but a chunk."""
-    total = -(-len(audio) * FPS // RATE)
+    start = time.time()
+    total = math.ceil(len(audio) * FPS / RATE)
     source = play(cfg.video, total)
     first = next(source)
+    height, width, _ = first.shape
     box = parse_box(cfg.box, first)
-    mask, waiting = mouth_mask(box[2])[:, :, None], []  # waiting: whole frames being dubbed
+    mask = mouth_mask(box[2])[:, :, None]
+    waiting = collections.deque()  # whole frames whose squares are being dubbed
 
     def squares():
         for frame in itertools.chain([first], source):
             waiting.append(frame)
             yield square(frame, net.cfg.size, box)
 
-    size, start, to_pipe = (first.shape[1], first.shape[0]), time.time(), cfg.out == "-"
-    pipe = contextlib.nullcontext(sys.stdout.buffer.write)
-    with pipe if to_pipe else media.write_video(cfg.out, size, audio) as put:
-        # Blended once, at the frame's own size.
-        dubs = stream(net, squares(), audio, cfg.seed, cfg.compile == "on", blend=False)
+    if cfg.out == "-":
+        messages = sys.stderr
+        output = contextlib.nullcontext(sys.stdout.buffer.write)
+    else:
+        messages = sys.stdout
+        output = media.write_video(cfg.out, (width, height), audio)
+    # Not blended in the square, but once, in the frame.
+    dubs = stream(net, squares(), audio, cfg.seed, cfg.compile == "on", blend=False)
+    with output as put:
         for frames in dubs:
             for dub in frames:
-                put(paste_box(waiting.pop(0), dub, box, mask).numpy())
-    pace = f"in {time.time() - start:.1f} s, {total / (time.time() - start):.0f} frames a second"
-    said = f"{cfg.out}: {total} frames {pace}, reading and writing included"
-    print(said, file=sys.stderr if to_pipe else sys.stdout)
+                put(paste_box(waiting.popleft(), dub, box, mask).numpy())
+    elapsed = time.time() - start
+    pace = f"{total} frames in {elapsed:.1f} s, {total / elapsed:.0f} a second"
+    print(f"{cfg.out}: {pace}, reading and writing included", file=messages)
 
 
 def side_by_side(path, net, pairs, seed=0, compile=False):
     """Dub drawn (source, truth) pairs -> an mp4, source | dub | truth one pair after another with
     the dub's sound, and beside it a PNG of eight moments of each: rows of source, dub, truth."""
-    frames, sheet, scale = [], [], max(1, 256 // net.cfg.size)
+    frames = []
+    sheet = []
     for source, truth in pairs:
         dub = torch.cat(list(stream(net, source.video, truth.audio, seed, compile)))
         frames.append(torch.cat([source.video, dub, truth.video], 2))
-        sheet += [torch.cat(list(v[6::12][:8]), 1) for v in (source.video, dub, truth.video)]
+        for video in (source.video, dub, truth.video):
+            moments = video[6::12][:8]
+            sheet.append(torch.cat(list(moments), 1))
     sound = np.concatenate([truth.audio for _, truth in pairs])
-    frames = torch.cat(frames).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    scale = max(1, 256 // net.cfg.size)
+    frames = enlarge(torch.cat(frames), scale)
     with media.write_video(path, (frames.shape[2], frames.shape[1]), sound) as put:
         for frame in frames:
             put(frame.numpy())
-    half = max(1, scale // 2)
-    sheet = torch.cat(sheet).repeat_interleave(half, 0).repeat_interleave(half, 1)
+    sheet = enlarge(torch.cat(sheet)[None], max(1, scale // 2))[0]
     matplotlib.image.imsave(Path(path).with_suffix(".png"), sheet.numpy())
+
+
+def enlarge(frames, scale):
+    """(n, H, W, 3) -> (n, scale H, scale W, 3), pixel by pixel."""
+    return frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
 @dataclasses.dataclass
@@ -493,12 +529,19 @@ def main(argv):
     net.fused = cfg.attention == "auto" and has_kernel(net)
     if device.type == "cuda":
         print(f"attention: {'kernels.py' if net.fused else 'dense'}", file=sys.stderr)
-    if cfg.video or cfg.audio or cfg.text:
-        said = voices.say(cfg.text, cfg.voice) if cfg.text else media.Sound(cfg.audio or cfg.video)
-        return dub_file(net, cfg, said) if cfg.video else dub_face(net, cfg, said)
-    pairs = [dub_pair(1000 + cfg.seed, 96, net.cfg.size)]
-    side_by_side(cfg.out, net, pairs, cfg.seed, cfg.compile == "on")
-    print(f"{cfg.out} (and .png): source | dub | truth, a face and a voice never seen in training")
+    if not (cfg.video or cfg.audio or cfg.text):
+        pairs = [dub_pair(1000 + cfg.seed, 96, net.cfg.size)]
+        side_by_side(cfg.out, net, pairs, cfg.seed, cfg.compile == "on")
+        print(f"{cfg.out} (and .png): source | dub | truth; the models never saw this person")
+        return
+    if cfg.text:
+        audio = voices.say(cfg.text, cfg.voice)
+    else:
+        audio = media.Sound(cfg.audio or cfg.video)
+    if cfg.video:
+        dub_file(net, cfg, audio)
+    else:
+        dub_face(net, cfg, audio)
 
 
 if __name__ == "__main__":

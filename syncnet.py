@@ -4,12 +4,16 @@
     python syncnet.py --video CLIP.mp4 --audio X.wav    # with other sound; --box where the face is
 
 Two towers (after SyncNet, Chung and Zisserman 2016) make unit vectors of 5 frames of the mouth
-rectangle and of the 20 mel frames that go with them, trained by InfoNCE over the moments of a clip,
-where only timing tells right from wrong. distill.py trains two, on different people: `syncnet`
-gives the reward, `judge` only judges. Of recorded faces their score says nothing.
+rectangle and of the 20 mel frames that go with them. They are trained by InfoNCE over the moments
+of a clip, where only timing tells right from wrong. They look at the mouth rectangle alone, since
+that is what a dub changes: eyes and pose, which it keeps, could tell nothing but the wrong words.
+
+distill.py trains two experts, on different people: `syncnet` gives the reward and the perceptual
+loss, `judge` only judges. Of recorded faces their score says nothing.
 """
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -26,7 +30,6 @@ from runtime import UserError, opt
 
 SPAN = 5  # video frames that one decision looks at
 REACH = 15  # offsets -15..15 video frames
-AT_ONCE = 1000  # frames looked at in one go: of an hour, what the layers pass on fills any memory
 BATCH = 16
 
 
@@ -40,36 +43,52 @@ class Config:
 class SyncNet(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        c, E, self.cfg = cfg.channels, cfg.embed, cfg
-        self.rectangle = cfg.size // 2, cfg.size * 3 // 4
-        cells = -(-self.rectangle[0] // 8) * -(-self.rectangle[1] // 8)
-        layers = []
-        for inputs, outputs, kernel in ((3, c, 5), (c, 2 * c, 3), (2 * c, 3 * c, 3)):
-            layers += [nn.Conv2d(inputs, outputs, kernel, 2, kernel // 2), nn.SiLU()]
-        layers += [nn.Flatten(1), nn.Linear(3 * c * cells, 4 * c), nn.SiLU()]
-        self.frame = nn.Sequential(*layers)
-        self.span = nn.Sequential(nn.Conv1d(4 * c, 4 * c, SPAN), nn.SiLU(), nn.Conv1d(4 * c, E, 1))
-        self.sound, self.sound_out = make_audio_encoder(4 * c), nn.Conv1d(4 * c, E, 1)
+        c = cfg.channels
+        self.cfg = cfg
+        self.rectangle = (cfg.size // 2, cfg.size * 3 // 4)  # rows and columns that it sees
+        rows = math.ceil(self.rectangle[0] / 8)  # after three strides of 2
+        columns = math.ceil(self.rectangle[1] / 8)
+        self.frame_encoder = nn.Sequential(
+            nn.Conv2d(3, c, kernel_size=5, stride=2, padding=2),
+            nn.SiLU(),
+            nn.Conv2d(c, 2 * c, kernel_size=3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * c, 3 * c, kernel_size=3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(1),
+            nn.Linear(3 * c * rows * columns, 4 * c),
+            nn.SiLU(),
+        )
+        self.video_head = nn.Sequential(
+            nn.Conv1d(4 * c, 4 * c, kernel_size=SPAN),
+            nn.SiLU(),
+            nn.Conv1d(4 * c, cfg.embed, kernel_size=1),
+        )
+        self.audio_encoder = make_audio_encoder(4 * c)
+        self.audio_head = nn.Conv1d(4 * c, cfg.embed, kernel_size=1)
         # The mouth's opening and width in tenths of the picture's side: for the landmark error.
-        self.mouth = nn.Linear(4 * c, 2)
-        self.mouth.bias.data = torch.tensor([0.5, 3.4])  # what is usual
+        self.mouth_head = nn.Linear(4 * c, 2)
+        self.mouth_head.bias.data = torch.tensor([0.5, 3.4])  # what is usual
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
     def encode_video(self, rectangle):
-        """rectangle (B, T, S/2, 3S/4, 3) in [-1, 1] -> what it sees in each frame (B, T, features),
-        its embedding of every five (B, T - 4, embed), and the mouth's opening and width (B, T, 2)
-        as fractions of the picture's side."""
+        """rectangle (B, T, S/2, 3S/4, 3) in [-1, 1] -> features of each frame (B, T, 4 channels),
+        an embedding of every five frames (B, T - 4, embed), and the mouth's opening and width
+        (B, T, 2) as fractions of the picture's side."""
         B, T = rectangle.shape[:2]
         x = rectangle.flatten(0, 1).permute(0, 3, 1, 2)
         if x.shape[2:] != self.rectangle:
             x = F.interpolate(x.float(), self.rectangle, mode="bilinear", antialias=True)
-        seen = self.frame(x.contiguous(memory_format=torch.channels_last)).view(B, T, -1)
-        v = F.normalize(self.span(seen.mT).float().mT, dim=-1)
-        return seen, v, 0.1 * self.mouth(seen).float()
+        x = x.contiguous(memory_format=torch.channels_last)
+        features = self.frame_encoder(x).view(B, T, -1)
+        v = F.normalize(self.video_head(features.mT).float().mT, dim=-1)
+        mouth = 0.1 * self.mouth_head(features).float()
+        return features, v, mouth
 
     def encode_audio(self, mel):
         """mel (B, 4 T, MELS) -> an embedding for every five frames (B, T - 4, embed)."""
-        return F.normalize(self.sound_out(self.sound(mel.mT)).float().mT, dim=-1)
+        a = self.audio_head(self.audio_encoder(mel.mT))
+        return F.normalize(a.float().mT, dim=-1)
 
 
 def perceptual_loss(net, pred, truth):
@@ -78,13 +97,14 @@ def perceptual_loss(net, pred, truth):
     five frames and in the mouth, of which 3% of the side count as 1. The reward has no gradient,
     this has: it pulls towards one known picture, not towards whatever pleases the expert."""
     with torch.no_grad():
-        true_seen, true_v, true_shape = net.encode_video(truth)
-    seen, v, shape = net.encode_video(pred)
-    size = seen.shape[-1:]
-    perceived = F.layer_norm(seen.float(), size) - F.layer_norm(true_seen.float(), size)
-    embedded = (v - true_v).square().sum(-1).mean()
-    read = ((shape - true_shape) / 0.03).square().mean()
-    return perceived.square().mean() + 0.2 * embedded + 0.2 * read
+        true_features, true_v, true_mouth = net.encode_video(truth)
+    features, v, mouth = net.encode_video(pred)
+    size = features.shape[-1:]
+    difference = F.layer_norm(features.float(), size) - F.layer_norm(true_features.float(), size)
+    by_frame = difference.square().mean()
+    by_embedding = (v - true_v).square().sum(-1).mean()
+    by_mouth = ((mouth - true_mouth) / 0.03).square().mean()
+    return by_frame + 0.2 * by_embedding + 0.2 * by_mouth
 
 
 def nce(v, a, scale):
@@ -99,15 +119,16 @@ def sync(v, a):
     """Embeddings (B, n, E) -> Sync-C, Sync-D, offset, each (B,). Of the mean distances at offsets
     -15..15 Sync-D is the least, and Sync-C the median less the least (Chung and Zisserman 2016).
     Offset in video frames, positive where the sound comes late."""
-    n, curve = v.shape[1], []
+    n = v.shape[1]
     reach = min(REACH, n - 1)
-    for o in range(-reach, reach + 1):
-        picture = v[:, max(0, -o) : n - max(0, o)]
-        sound = a[:, max(0, o) : n - max(0, -o)]
-        curve.append((picture - sound).norm(dim=-1).mean(1))
-    curve = torch.stack(curve, 1)  # B, offsets
-    least, where = curve.min(1)
-    return curve.median(1).values - least, least, where - reach
+    distances = []
+    for offset in range(-reach, reach + 1):
+        picture = v[:, max(0, -offset) : n - max(0, offset)]
+        sound = a[:, max(0, offset) : n - max(0, -offset)]
+        distances.append((picture - sound).norm(dim=-1).mean(1))
+    distances = torch.stack(distances, 1)  # B, offsets
+    least, where = distances.min(1)
+    return distances.median(1).values - least, least, where - reach
 
 
 @torch.no_grad()
@@ -117,12 +138,12 @@ def score(net, rectangle, mel):
     T = rectangle.shape[1]
     if T < 12:
         raise UserError(f"{T} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
-    v = []
+    if rectangle.dtype == torch.uint8:
+        rectangle = to_float(rectangle)
     with runtime.autocast(net):
-        for start in range(0, T - SPAN + 1, AT_ONCE):
-            part = rectangle[:, start : start + AT_ONCE + SPAN - 1]
-            v.append(net.encode_video(to_float(part) if part.dtype == torch.uint8 else part)[1])
-        return sync(torch.cat(v, 1), net.encode_audio(mel))
+        _, v, _ = net.encode_video(rectangle)
+        a = net.encode_audio(mel)
+    return sync(v, a)
 
 
 def mouth_psnr(dub, truth):
@@ -148,30 +169,42 @@ def reward_weights(reward, rectangle, mel, beta):
     for more. Without gradient: that would paint whatever pixels please the expert.
 
     Sync-C of unit vectors is a tenth of the paper's: beta 20 here is what 2 is there. (The paper's
-    weights are not over their mean. That changes DMD's share against the expert's view from batch
+    weights are not over their mean. That changes DMD's share against the perceptual loss from batch
     to batch; it is no larger learning rate, since AdamW and clipping do not mind the scale.)"""
-    c, _, _ = score(reward, rectangle, mel)
-    weight = (beta * c).exp()
-    return weight / runtime.shared_mean(weight.mean()), c.mean()
+    sync_c, _, _ = score(reward, rectangle, mel)
+    weight = (beta * sync_c).exp()
+    return weight / runtime.shared_mean(weight.mean()), sync_c.mean()
+
+
+def centred_opening(mouth):
+    """Mouths (n, T, 2) -> their opening less its mean over the clip, (n, T)."""
+    opening = mouth[..., 0]
+    return opening - opening.mean(1, keepdim=True)
 
 
 @torch.no_grad()
 def compute_metrics(dub, pairs, judge):
     """Dubs (n, T, S, S, 3) uint8 of faces.Pairs -> a dict of (n,) tensors: sync_c; psnr in the
     mask; landmark: mean error of the mouth's opening and width, in percent of the side; gain: slope
-    of the opening over the truth's, under 1 for a mumbler; sharp: 1 if as sharp as the truth."""
+    of the opening over the truth's, under 1 for a mumbler; sharpness: 1 if as sharp as the truth.
+    """
     rows = []
-    videos = dub.split(1), pairs.truth.split(1)  # one by one: whatever the batch, it fits
-    for one, true, mel, drawn in zip(*videos, pairs.mel.split(1), pairs.mouth.split(1)):
+    for i in range(len(dub)):  # one by one: whatever the batch, it fits
+        video = dub[i : i + 1]
+        truth = pairs.truth[i : i + 1]
+        drawn_mouth = pairs.mouth[i : i + 1]
+        rectangle = mouth_rectangle(video)
         with runtime.autocast(judge):
-            read = judge.encode_video(to_float(mouth_rectangle(one)))[2]
-        opening, truth = (x[..., 0] - x[..., 0].mean(1, keepdim=True) for x in (read, drawn))
+            _, _, mouth = judge.encode_video(to_float(rectangle))
+        opening = centred_opening(mouth)
+        drawn_opening = centred_opening(drawn_mouth)
+        sync_c, _, _ = score(judge, rectangle, pairs.mel[i : i + 1])
         row = dict(
-            sync_c=score(judge, mouth_rectangle(one), mel)[0],
-            psnr=mouth_psnr(one, true),
-            landmark=100 * (read - drawn).abs().mean((1, 2)),
-            gain=(opening * truth).sum(1) / truth.square().sum(1),
-            sharp=gradient_energy(one) / gradient_energy(true),
+            sync_c=sync_c,
+            psnr=mouth_psnr(video, truth),
+            landmark=100 * (mouth - drawn_mouth).abs().mean((1, 2)),
+            gain=(opening * drawn_opening).sum(1) / drawn_opening.square().sum(1),
+            sharpness=gradient_energy(video) / gradient_energy(truth),
         )
         rows.append(row)
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -179,10 +212,13 @@ def compute_metrics(dub, pairs, judge):
 
 @torch.no_grad()
 def features(judge, dub):
-    """What the judge sees in each frame of each clip (n, T, S, S, 3) uint8 -> (n T, channels)."""
-    with runtime.autocast(judge):
-        seen = [judge.encode_video(to_float(mouth_rectangle(one[None])))[0] for one in dub]
-    return torch.cat(seen, 1)[0]
+    """The judge's features of each frame of each clip (n, T, S, S, 3) uint8 -> (n T, features)."""
+    found = []
+    for video in dub:
+        with runtime.autocast(judge):
+            of_frames, _, _ = judge.encode_video(to_float(mouth_rectangle(video[None])))
+        found.append(of_frames[0])
+    return torch.cat(found)
 
 
 def gaussian_distance(mean_a, cov_a, mean_b, cov_b):
@@ -202,11 +238,11 @@ def frechet(a, b):
 
 
 def means(dub, pairs, judge):
-    """The measures' means over the clips, and the Fréchet distance: what a training log shows."""
-    found = {
-        name: values.mean().item() for name, values in compute_metrics(dub, pairs, judge).items()
-    }
-    return dict(found, frechet=frechet(features(judge, dub), features(judge, pairs.truth)))
+    """The metrics' means over the clips, and the Fréchet distance: what a training log shows."""
+    metrics = compute_metrics(dub, pairs, judge)
+    row = {name: values.mean().item() for name, values in metrics.items()}
+    row["frechet"] = frechet(features(judge, dub), features(judge, pairs.truth))
+    return row
 
 
 def table(first, rows, columns):
@@ -246,7 +282,7 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
     net = SyncNet(cfg).to(device)
     drawn = clips.shape.isfinite().all()
     if not drawn:  # nobody measured recorded mouths: let perceptual_loss see none either
-        nn.init.zeros_(net.mouth.weight)
+        nn.init.zeros_(net.mouth_head.weight)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps, pct_start=0.11)
     T = min(48, clips.video.shape[1])

@@ -26,7 +26,7 @@ def test_quality_ends_in_json(run):
     found = run("quality")
     rows = found["rows"]
     assert {"truth", "teacher", "teacher_guided", "student"} < set(rows) and found["clips"] == 2
-    assert rows["truth"]["psnr"] > 70 and rows["truth"]["sharp"] == 1
+    assert rows["truth"]["psnr"] > 70 and rows["truth"]["sharpness"] == 1
     for worse in (rows["teacher"], rows["student"]):
         assert worse["sync_c"] < rows["truth"]["sync_c"] and worse["psnr_ci"] >= 0
         assert worse["landmark"] > rows["truth"]["landmark"] and worse["frechet"] > 1e-3
@@ -47,7 +47,7 @@ def test_long_ends_in_json(run):
     assert set(rows) == {f"{name}, {end}" for name in ("truth", "student") for end in ENDS}
     assert found["first"] == rows["student, first"] != found["last"]
     assert found["first"]["psnr"] == pytest.approx(found["last"]["psnr"], abs=1.5)
-    assert rows["truth, last"]["psnr"] > 70 and rows["truth, last"]["sharp"] == 1
+    assert rows["truth, last"]["psnr"] > 70 and rows["truth, last"]["sharpness"] == 1
 
 
 def test_what_a_folder_lacks_is_beside_the_teacher_that_its_student_names(tmp_path, tiny):

@@ -113,7 +113,7 @@ def test_first_frames_lean_towards_the_ones_before():
     mask = torch.ones(6, 768)
     mask[3] = 0
     whole = sample.blend_seams(x0, mask, 3)
-    inside, start = sample.LEAN
+    inside, start = sample.TOKEN_LEAN, sample.CHUNK_LEAN
     moved = -10 * torch.tensor([0, inside, inside, start, inside, inside, start])
     torch.testing.assert_close((whole - x0)[0, :, 0, 0], moved)
     assert torch.equal(whole[..., 192:], x0[..., 192:]) and torch.equal(whole[:, :, 3], x0[:, :, 3])
