@@ -65,7 +65,7 @@ def clips(cfg):
 
 
 @pytest.fixture(scope="session")
-def encode_video(cfg):
+def val(cfg):
     return faces.held_out(2, cfg.size, "val", CPU, 6)
 
 
