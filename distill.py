@@ -436,7 +436,8 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, val):
             chance = np.random.default_rng([cfg.seed, step, turn])
             exit_step = int(chance.integers(cfg.num_steps))
             with torch.set_grad_enabled(students_turn), autocast(student):
-                X = rollout(student, embed(student, batch), exit_step, rng)
+                cond = embed(student, batch)
+                X = rollout(student, cond, exit_step, rng)
 
             # The last of these turns trains the student ...
             if students_turn:

@@ -461,7 +461,7 @@ def dub_file(net, cfg, audio):
             for dub in frames:
                 put(paste_box(waiting.popleft(), dub, box, mask).numpy())
     elapsed = time.time() - start
-    pace = f"{total} frames in {elapsed:.1f} s, {total / elapsed:.0f} a second"
+    pace = f"{total} frames in {elapsed:.1f} s, {total / elapsed:.0f} frames a second"
     print(f"{cfg.out}: {pace}, reading and writing included", file=messages)
 
 

@@ -89,7 +89,7 @@ def test_a_rollout_is_streaming_with_gradient_in_one_call(tiny, clips, cfg, call
 
 def test_the_student_loss_leaves_critic_and_teacher_alone(tiny, clips, expert, cfg):
     critic, teacher = copy.deepcopy(tiny), copy.deepcopy(tiny)
-    critic.head.weight.data *= 2
+    critic.final_layer.weight.data *= 2
     batch = clips.sample_batch(2, cfg, torch.Generator().manual_seed(0))
     X = torch.randn(2, cfg.latents, *tiny.mask.shape, requires_grad=True)
     rng = torch.Generator().manual_seed(1)
