@@ -217,7 +217,7 @@ def draw_curves(path, rows, recipe, people):
     caption = (
         f"What guidance {GUIDED:g} buys and costs: the guess of x0 at each of 50 steps. {bars}"
     )
-    window = (recipe.band_first, recipe.band_last)
+    window = (recipe.sync_first, recipe.sync_last)
     caption += f"\nGrey, j = {window[0]} to {window[1]}: the sync window of the preset."
     curves = {f"guidance {guidance:g}": curve for guidance, curve in rows["steps"].items()}
     axes = [("j", measure) for measure in COLUMNS]
@@ -265,11 +265,11 @@ def trajectory(cfg, device):
     guidance pays, where they end, and two steps; beside them the student and the truth."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     recipe = distill.Config(**distill.PRESETS[cfg.config])
-    pairs = faces.held_out(cfg.clips, teacher.cfg.size, "held-out", device)
+    pairs = faces.make_pairs(cfg.clips, teacher.cfg.size, "held-out", device)
     windows = Windows(teacher, pairs)
     looker = Looker(pairs, judge)
     steps, ends = look_at_steps(windows, looker)
-    in_window = look_at_window(windows, looker, range(recipe.band_first, recipe.band_last + 1))
+    in_window = look_at_window(windows, looker, range(recipe.sync_first, recipe.sync_last + 1))
     two_steps = look_at_two_steps(windows, looker)
     first = by_parts(dub_student, first_guess_of(student), pairs)
     last = by_parts(dub_student, student, pairs)
@@ -300,7 +300,7 @@ def ablate(cfg, device):
         raise UserError(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
     teacher = checkpoint(cfg, "teacher")
     (judge,) = networks(cfg, device)
-    pairs = faces.held_out(cfg.clips, load_dit(teacher).cfg.size, "held-out", device)
+    pairs = faces.make_pairs(cfg.clips, load_dit(teacher).cfg.size, "held-out", device)
     rows = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for name in wanted:

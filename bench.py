@@ -256,7 +256,7 @@ def quality(cfg, device):
     """The judge's table, and in what the student differs from each row of the teacher."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     size = student.cfg.size
-    pairs = faces.held_out(cfg.clips, size, "held-out", device)
+    pairs = faces.make_pairs(cfg.clips, size, "held-out", device)
     found = {"truth": evaluate(pairs.truth, pairs, judge)}
 
     # The truth with only that changed which no sound decides: the teeth that show, say. A dub that
@@ -271,7 +271,7 @@ def quality(cfg, device):
 
     teacher_rows = {  # name -> steps, guidance
         "teacher": (50, 1.0),
-        "teacher_guided": (50, 1.5),
+        "teacher, guidance 1.5": (50, 1.5),
         "teacher, guidance 2": (50, 2.0),
         "teacher, guidance 3": (50, 3.0),
         "teacher, 1 step": (1, 1.0),
@@ -450,7 +450,7 @@ def mean_seconds(work, rounds):
 def training(recipe, device):
     """Seconds of a teacher step, and of a student's with its critic updates."""
     expert = syncnet.SyncNet(syncnet.Config(recipe.size)).to(device).requires_grad_(False)
-    val = faces.held_out(1, recipe.size, "val", device)
+    val = faces.make_pairs(1, recipe.size, "val", device)
     people = faces.drawn_clips("train", recipe.size, 4 * data.CLIP_LATENTS, device)
     clips = data.Clips(people, 8, recipe.size, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -495,7 +495,9 @@ def speed(cfg, device):
         # Eight times as long: until the window is full, a stream's chunks are not in the graph.
         video = clip.video.repeat(8, 1, 1, 1)
         audio = np.tile(clip.audio, 8)
-        ways["student_graph"] = functools.partial(sample.stream, fused, video, audio, compile=True)
+        ways["student_graph"] = functools.partial(
+            sample.stream, fused, video, audio, cuda_graph=True
+        )
 
     runs = {name: [] for name in ways}
     for _ in range(cfg.rounds + 1):

@@ -28,7 +28,7 @@ AUDIO_BACK = 16  # mel frames heard before a latent frame's own 16
 AUDIO_AHEAD = 12  # and after: the look-ahead, a part of the latency
 SILENCE = (-5 + 1.5) / 3  # log-mel of nothing, for the frames before and after a file
 CLIP_LATENTS = 30  # latent frames of a training clip, 4.8 s: some are left for the reference
-BEND = 0.07  # deviation, in log-mel, of the equalizer that training puts before the ears: 4 dB
+BEND = 0.07  # deviation, in log-mel, of the equalizer that training puts before the ears: 2 dB
 ASIDE = 0.15  # the mouth mask leaves out this share of the picture at either side
 STILL = 0.2  # share of reference chunks that are one frame held still, as a stream starts with
 
@@ -140,10 +140,10 @@ class Batch(NamedTuple):
 
 class Clips:
     """Clips to train on, on the device: video (n, T, S, 3S/4, 3) uint8, see `middle`; mel
-    (n, 4 T, MELS); shape (n, T, 2): the mouth's opening and width, NaN where nobody measured it."""
+    (n, 4 T, MELS); mouth (n, T, 2): its opening and width, NaN where nobody measured it."""
 
     def __init__(self, clips, n, size, device, latents=CLIP_LATENTS):
-        """Take up to n of `clips`, an iterable of (video (T, S, S, 3) uint8, audio (640 T,), shape
+        """Take up to n of `clips`, an iterable of (video (T, S, S, 3) uint8, audio (640 T,), mouth
         (T, 2) or NaN): see faces.drawn_clips and media.recorded. T is 4 latents."""
         T = 4 * latents
         try:
@@ -152,17 +152,17 @@ class Clips:
             need = f"{n * T * size * size * 9 / 4e9:.0f} GB of memory"
             raise UserError(f"{n} clips need {need}; --clips for fewer") from None
         self.mel = torch.empty(n, 4 * T, MELS, device=device)
-        self.shape = torch.empty(n, T, 2, device=device)
+        self.mouth = torch.empty(n, T, 2, device=device)
         found = 0
-        for video, audio, shape in itertools.islice(clips, n):
+        for video, audio, mouth in itertools.islice(clips, n):
             self.video[found] = middle(video)
             self.mel[found] = log_mel(audio)
-            self.shape[found] = torch.as_tensor(shape)
+            self.mouth[found] = torch.as_tensor(mouth)
             found += 1
         assert found, "there is no clip to train on"
         self.video = self.video[:found]
         self.mel = self.mel[:found]
-        self.shape = self.shape[:found]
+        self.mouth = self.mouth[:found]
 
     def pick(self, B, T, rng):
         """B random clips and, in each, the frame at which a stretch of T frames begins, a multiple
@@ -179,7 +179,7 @@ class Clips:
         clip, start = self.pick(B, T, rng)
         frames = start + torch.arange(T, device=start.device)
         mel_frames = 4 * start + torch.arange(4 * T, device=start.device)
-        return self.video[clip, frames], self.mel[clip, mel_frames], self.shape[clip, frames]
+        return self.video[clip, frames], self.mel[clip, mel_frames], self.mouth[clip, frames]
 
     def sample_batch(self, B, cfg, rng):
         """-> Batch of B random samples of cfg.latents latent frames. Each of their chunks has a

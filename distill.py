@@ -5,7 +5,7 @@
     python distill.py --config small --fresh --stage teacher    # a teacher of your own
 
 Stages: judge and syncnet (the lip-sync experts), teacher (flow matching), init (diffusion forcing),
-student (distribution matching distillation with the sync window and the reward). Each saves its
+student (distribution matching distillation with the sync window and the expert). Each saves its
 checkpoint to out/CONFIG/. One that is there already is used, and a line says so; --fresh makes
 everything anew.
 """
@@ -54,7 +54,7 @@ from sample import (
 )
 from syncnet import means, reward_weights
 
-AUDIO_DROP = 0.12  # of the teacher's clips are told nothing, for guidance
+AUDIO_DROP = 0.12  # share of the teacher's clips whose sound is withheld, for guidance
 INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
 LOWEST = 0.02  # time that the teacher learns from, and is asked at in DMD (paper: .001)
 JUDGE_CLIPS = 800  # people at most that the judge learns from
@@ -120,8 +120,8 @@ class Config(model.Config):
         "times at which the teacher is guided: in the window, nowhere, outside it, at all times",
         ("on", "off", "reversed", "all"),
     )
-    band_first: int = opt(20, "step j, of 50, at which the window begins (paper: 20)", least=0)
-    band_last: int = opt(40, "step j, of 50, at which the window ends (paper: 40)")
+    sync_first: int = opt(20, "step j, of 50, at which the window begins (paper: 20)", least=0)
+    sync_last: int = opt(40, "step j, of 50, at which the window ends (paper: 40)")
     beta: float = opt(
         20.0,
         "strength of the reward: a clip weighs exp(beta Sync-C); 0: none (the paper's 2, on its"
@@ -162,10 +162,10 @@ PRESETS = {
 }
 
 
-def sample_times(batch, s, rng, lowest):
-    """(B, 1) times from `lowest` to .999, uniform, then shifted by s."""
-    u = torch.rand(len(batch.source), 1, generator=rng, device=rng.device)
-    return shift_time(u, s).clamp(lowest, 0.999)
+def sample_times(B, shift, rng):
+    """(B, 1) times from LOWEST to .999, uniform, then shifted."""
+    u = torch.rand(B, 1, generator=rng, device=rng.device)
+    return shift_time(u, shift).clamp(LOWEST, 0.999)
 
 
 def embed(net, batch, drop=None):
@@ -174,7 +174,8 @@ def embed(net, batch, drop=None):
 
 def target(batch):
     """The mouth rectangle (B, T, S/2, 3S/4, 3) in [-1, 1]: what is to be generated."""
-    return to_float(batch.source.chunk(2, 2)[1])
+    _, mouth = batch.source.chunk(2, 2)  # the upper and the lower half of the picture's rows
+    return to_float(mouth)
 
 
 def evaluate_teacher(teacher, val, judge, cfg):
@@ -218,7 +219,7 @@ def teacher_loss(net, expert, batch, noise, t, drop, cfg, edges, perceptual_weig
     return loss
 
 
-def train_teacher(cfg, clips, reward, judge, val):
+def train_teacher(cfg, clips, expert, judge, val):
     """Flow matching, starting from the ears of the lip-sync expert (the paper: wav2vec 2.0)."""
     device = clips.video.device
     steps = cfg.teacher_steps
@@ -227,13 +228,13 @@ def train_teacher(cfg, clips, reward, judge, val):
     net = DiT(network_of(cfg)).to(device)
     if cfg.start:
         net.load_state_dict(load_dit(cfg.start).state_dict())
-    net.audio_encoder.load_state_dict(reward.audio_encoder.state_dict())
+    net.audio_encoder.load_state_dict(expert.audio_encoder.state_dict())
     ema = copy.deepcopy(net).requires_grad_(False)
 
     # Muon for the matrices of the blocks, where it learns in little over half the time.
     matrices = []
     for name, parameter in net.blocks.named_parameters():
-        if parameter.ndim == 2 and "mod" not in name:
+        if parameter.ndim == 2 and "modulation" not in name:
             matrices.append(parameter)
     in_muon = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in net.parameters() if id(parameter) not in in_muon]
@@ -258,19 +259,19 @@ def train_teacher(cfg, clips, reward, judge, val):
         perceptual = min(1.0, 2 * late) * cfg.perceptual_weight
         perceptual = torch.full((), perceptual, device=device)
         if late == 0 and loss_of is teacher_loss:
-            perceptual = None  # spares a tenth of a step; compiling without it would take as long
+            perceptual = None  # not made at all: that spares a tenth of a step
 
         batch = clips.sample_batch(B, cfg, rng)
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
-        t = sample_times(batch, cfg.t_shift, rng, LOWEST)
+        t = sample_times(B, cfg.t_shift, rng)
         drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
         with autocast(net):
-            loss = loss_of(net, reward, batch, noise, t, drop, cfg, edges, perceptual)
+            loss = loss_of(net, expert, batch, noise, t, drop, cfg, edges, perceptual)
         loss.backward()
         muon_lr = learning_rate(cfg.muon_lr, step, steps)
         adam_lr = learning_rate(cfg.teacher_lr, step, steps)
         norm = optimizer_step(net, {muon: muon_lr, adam: adam_lr})
-        update_ema(ema, net, step, horizon=steps / 6)
+        update_ema(ema, net, step)
 
         save_now = time.time() - saved > runtime.SAVE_SECONDS
         if step % log_every == 0 or step == steps or save_now:
@@ -293,18 +294,19 @@ def student_of(net, cfg):
     return student
 
 
-def init_loss(net, reward, batch, noise, t, cfg):
-    """In x0, not in velocity: only two noise levels are left, and both guesses count alike (1 / t^2
-    would weigh the landing three times the start, and the clean chunks infinitely)."""
+def init_loss(net, expert, batch, noise, t, cfg):
+    """The loss of the noisy chunks; the clean ones, t = 0, are there to be attended to. In x0, not
+    in velocity: only two noise levels are left, and both predictions count alike (1 / t^2 would
+    weigh the landing three times the start)."""
     x0 = to_tokens(target(batch), cfg.patch)
     pred = net(add_noise(x0, noise, t), t, embed(net, batch), causal=True)
     noisy = (t > 0).float()
     loss = denoising_loss(net, pred, x0, noisy, cfg.edges)
     pred = torch.where(noisy[..., None, None] > 0, pred, x0)
-    return loss + cfg.perceptual_weight * expert_loss(reward, pred, batch, cfg)
+    return loss + cfg.perceptual_weight * expert_loss(expert, pred, batch, cfg)
 
 
-def train_init(cfg, teacher, clips, reward, judge, val):
+def train_init(cfg, teacher, clips, expert, judge, val):
     """The teacher's weights under causal attention: every chunk has its own noise level, one of the
     student's two, or is clean, as the cache will hold it."""
     device = clips.video.device
@@ -331,10 +333,10 @@ def train_init(cfg, teacher, clips, reward, judge, val):
         clean = torch.rand(shape, generator=rng, device=device) < INIT_CLEAN
         t = torch.where(clean, 0.0, level).repeat_interleave(cfg.chunk, 1)  # B L
         with autocast(net):
-            loss = loss_of(net, reward, batch, noise, t, cfg)
+            loss = loss_of(net, expert, batch, noise, t, cfg)
         loss.backward()
         norm = optimizer_step(net, {adam: learning_rate(cfg.init_lr, step, steps)})
-        update_ema(ema, net, step, horizon=steps / 12)
+        update_ema(ema, net, step)
 
         save_now = time.time() - saved > runtime.SAVE_SECONDS
         if step % log_every == 0 or step == steps or save_now:
@@ -356,7 +358,7 @@ def teacher_guidance(t, cfg):
     The window (paper Eq. 6) is j in [20, 40] of the grid, t in [.556, .882]. Nearer to noise there
     is no mouth yet to be moved, nearer to the picture it is settled: guidance there would only
     exaggerate it."""
-    inside = ((t >= grid_time(cfg.band_last)) & (t <= grid_time(cfg.band_first)))[:, 0]
+    inside = ((t >= grid_time(cfg.sync_last)) & (t <= grid_time(cfg.sync_first)))[:, 0]
     if cfg.sync_window == "off":
         inside = torch.zeros_like(inside)
     elif cfg.sync_window == "all":
@@ -368,28 +370,27 @@ def teacher_guidance(t, cfg):
 
 def dmd_gradient(pred_fake, pred_real, X):
     """g = (pred_fake - pred_real) / mean |X - pred_real|, the mean per sample: without it, samples
-    at high noise, where predictions lie far apart, would drown the others. All (B, L, N, P). The
-    mean here and the one in the loss both count the known pixels, where all is 0: the count
-    cancels."""
+    at high noise, where predictions lie far apart, would drown the others. All (B, L, N, P). (Both
+    this mean and that of the loss go over all pixels; outside the mask both differences are 0.)"""
     distance = (X - pred_real).abs().flatten(1).mean(1).clamp(min=1e-6)
     return (pred_fake - pred_real) / distance.view(-1, 1, 1, 1)
 
 
 def dmd_loss(X, g, weight):
-    """1/2 |X - sg(X - g)|^2, a sample at a time, weighted (B,). Its value means nothing; its
-    gradient is what counts. X - g is held constant, so d/dX of half the square is X - (X - g) = g:
-    a descent step moves X along -g = pred_real - pred_fake, from what the critic expects towards
+    """1/2 |X - stop_gradient(X - g)|^2, a sample at a time, weighted (B,). Its value means nothing;
+    its gradient is what counts. X - g is held constant, so d/dX of half the square is X - (X - g) =
+    g: a descent step moves X along -g = pred_real - pred_fake, from what the critic expects towards
     what the teacher expects, as if g were the derivative of a loss."""
     goal = (X - g).detach()
     half_squares = 0.5 * (X - goal).square().flatten(1).mean(1)  # B
     return (half_squares * weight).mean()
 
 
-def student_loss(cfg, X, batch, teacher, critic, reward, rng):
-    """Move the dubs X (B, L, N, P) by what the critic and the teacher, shown the same noisy X,
-    differ in -> the loss, and X's mean Sync-C."""
+def student_loss(cfg, X, batch, teacher, critic, expert, rng):
+    """The student's dubs X (B, L, N, P) -> the loss whose gradient in X is DMD's, by what critic
+    and teacher predict from the same noisy X, plus the perceptual loss; and X's mean Sync-C."""
     with torch.no_grad():
-        t = sample_times(batch, cfg.dmd_shift, rng, LOWEST)
+        t = sample_times(len(X), cfg.dmd_shift, rng)
         x_t = add_noise(X, noise_like(X, rng), t)
         scale = teacher_guidance(t, cfg)
         pred_real = cfg_predict(teacher, x_t, t, embed(teacher, batch), scale).float()
@@ -398,17 +399,18 @@ def student_loss(cfg, X, batch, teacher, critic, reward, rng):
         # in that direction (a row of analysis.py ablate).
         pred_fake = critic(x_t, t, embed(critic, batch)).float()
         g = dmd_gradient(pred_fake, pred_real, X)
-        weight, sync_c = reward_weights(reward, to_pixels(X, cfg.patch), batch.mel, cfg.beta)
+        weight, sync_c = reward_weights(expert, to_pixels(X, cfg.patch), batch.mel, cfg.beta)
     loss = dmd_loss(X, g, weight)
     if cfg.dmd_perceptual_weight:
         # As the regression of the first DMD (arXiv 2311.18828), but in the expert's eyes.
-        loss = loss + cfg.dmd_perceptual_weight * expert_loss(reward, X, batch, cfg)
+        loss = loss + cfg.dmd_perceptual_weight * expert_loss(expert, X, batch, cfg)
     return loss, sync_c
 
 
-def train_dmd(cfg, teacher, init, clips, reward, judge, val):
-    """Distribution matching: the student dubs; every `critic_updates`-th time it is moved from the
-    critic's guess towards the teacher's; the critic learns (flow matching) what it makes now."""
+def train_dmd(cfg, teacher, init, clips, expert, judge, val):
+    """Distribution matching. In each update the student dubs `critic_updates` batches. By each of
+    them the critic learns, by flow matching, what the student makes now; by the last one, first the
+    student is moved from the critic's prediction towards the teacher's. -> its EMA."""
     device = clips.video.device
     steps = cfg.dmd_steps
     B = cfg.dmd_batch // world_size()
@@ -433,23 +435,23 @@ def train_dmd(cfg, teacher, init, clips, reward, judge, val):
 
             # The student dubs the batch, up to one of its calls, drawn by chance: the same one in
             # all processes, so that none waits for another.
-            chance = np.random.default_rng([cfg.seed, step, turn])
-            exit_step = int(chance.integers(cfg.num_steps))
+            shared_rng = np.random.default_rng([cfg.seed, step, turn])
+            exit_step = int(shared_rng.integers(cfg.num_steps))
             with torch.set_grad_enabled(students_turn), autocast(student):
                 cond = embed(student, batch)
-                X = rollout(student, cond, exit_step, rng)
+                X = rollout(student, cond, exit_step, rng)  # B L N P
 
             # The last of these turns trains the student ...
             if students_turn:
                 with autocast(student):
-                    loss, sync_c = student_loss(cfg, X, batch, teacher, critic, reward, rng)
+                    loss, sync_c = student_loss(cfg, X, batch, teacher, critic, expert, rng)
                 loss.backward()
                 norm = optimizer_step(student, {adam: cfg.student_lr})
-                update_ema(ema, student, step, horizon=steps / 4)
+                update_ema(ema, student, step)
 
             # ... and every turn the critic.
             X = X.detach()
-            t = sample_times(batch, cfg.dmd_shift, rng, LOWEST)
+            t = sample_times(B, cfg.dmd_shift, rng)
             with autocast(critic):
                 cond = embed(critic, batch)
                 critic_loss, _ = critic_loss_of(critic, X, noise_like(X, rng), t, cond, cfg)
@@ -479,9 +481,9 @@ def set_up(cfg):
         raise UserError(
             f"--latents {cfg.latents}: a multiple of --chunk {cfg.chunk}, at most {most}"
         )
-    if not 0 < cfg.landing < 50 or not cfg.band_first < cfg.band_last <= 50:
+    if not 0 < cfg.landing < 50 or not cfg.sync_first < cfg.sync_last <= 50:
         raise UserError(
-            "--landing must lie in 1..49, and --band_first before --band_last, up to 50"
+            "--landing must lie in 1..49, and --sync_first before --sync_last, up to 50"
         )
     cfg.out = cfg.out or f"out/{cfg.config}"
     runtime.free_space(cfg.out, 500 << 20)
@@ -539,7 +541,7 @@ def save_stage(cfg, stage, net):
 
 def closing_table(cfg, teacher, student, judge, device):
     """Held-out people dubbed to other words, by the teacher and by the student."""
-    pairs = faces.held_out(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
+    pairs = faces.make_pairs(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
     teachers = sample.dub_teacher(teacher, pairs.source, pairs.mel, latents=cfg.latents)
     students = dub_student(student, pairs.source, pairs.mel)
     rows = {
@@ -564,7 +566,7 @@ def main(argv):
     dtype = runtime.fast_dtype(device)
     where = f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
     print(f"{where}; results in {cfg.out}/", flush=True)
-    val = faces.held_out(8, cfg.size, "val", device, 24 // cfg.chunk * cfg.chunk)
+    val = faces.make_pairs(8, cfg.size, "val", device, 24 // cfg.chunk * cfg.chunk)
     expert_cfg = syncnet.Config(size=cfg.size)
 
     # 1. The judge. It learns from people whom nothing else sees.
@@ -591,13 +593,13 @@ def main(argv):
             seed = cfg.seed + 10
             syncnet.train(path, expert_cfg, clips, cfg.sync_steps, seed, val, **remembered(cfg))
         runtime.barrier()
-    reward = syncnet.load_syncnet(path, device)
+    expert = syncnet.load_syncnet(path, device)
 
     # 3. The teacher.
     path = runtime.result("teacher", cfg, bundled=not cfg.folder and not cfg.start)
     if path is None:
         clips = clips or load_clips(cfg, "train", device)
-        path = save_stage(cfg, "teacher", train_teacher(cfg, clips, reward, judge, val))
+        path = save_stage(cfg, "teacher", train_teacher(cfg, clips, expert, judge, val))
     teacher = load_dit(path, device, like=cfg)
 
     # 4. The student's first weights.
@@ -605,7 +607,7 @@ def main(argv):
         path = runtime.result("init", cfg)
         if path is None:
             clips = clips or load_clips(cfg, "train", device)
-            path = save_stage(cfg, "init", train_init(cfg, teacher, clips, reward, judge, val))
+            path = save_stage(cfg, "init", train_init(cfg, teacher, clips, expert, judge, val))
         init = load_dit(path, device, like=cfg)
 
     # 5. The student.
@@ -613,7 +615,7 @@ def main(argv):
         path = runtime.result("student", cfg)
         if path is None:
             clips = clips or load_clips(cfg, "train", device)
-            net = train_dmd(cfg, teacher, init, clips, reward, judge, val)
+            net = train_dmd(cfg, teacher, init, clips, expert, judge, val)
             path = save_stage(cfg, "student", net)
         student = load_dit(path, device, like=cfg).to(dtype)
         if rank() == 0:

@@ -271,7 +271,7 @@ class Pairs(NamedTuple):
     mouth: torch.Tensor  # (n, T, 2), the truth's opening and width, see Clip
 
 
-def held_out(n, size, split, device, latents=24):
+def make_pairs(n, size, split, device, latents=24):
     """Pairs of n people of `split`, who say other words."""
     clips = [dub_pair(i, 4 * latents, size, split, device=device) for i in range(n)]
     source = torch.stack([source.video for source, _ in clips])

@@ -3,7 +3,7 @@
 A token covers 4 frames x p x p pixels of the mouth rectangle (see data.py), P = 12 p p values; L =
 T / 4 latent frames of N tokens. (The paper's: 4 x 16 x 16 pixels.) The network predicts the clean
 pixels x0, as arXiv 2511.13720 does. A token is the sum of three embeddings: its noisy patch; the
-source there, the mouth hidden, with the patch half a square above it, for the pose; a *reference*,
+source there, the mouth hidden, with the patch half a picture above it, for the pose; a *reference*,
 the same person at another moment, in both places. Where the mask is 0 the output is the source.
 """
 
@@ -320,7 +320,7 @@ class DiT(nn.Module):
         return x.to(self.final_layer.weight.dtype)
 
     def embed(self, source, reference, heard, drop=None):
-        """source, reference (B, T, S, 3S/4, 3) in [-1, 1], see faces.middle; heard (B, back + 16 L
+        """source, reference (B, T, S, 3S/4, 3) in [-1, 1], see data.middle; heard (B, back + 16 L
         + ahead, MELS), see data.hearing; drop (B,) bool: whose sound is withheld -> Cond."""
         patches = []
         for video in (source, reference):

@@ -27,7 +27,8 @@ PRECISIONS = (
     ("float32", "bfloat16"),
 )
 precision = ""  # what --precision says, for the whole process; "": what the device does fast
-WHERE = "stage", "out", "fresh", "device", "precision", "compile"  # options that change no result
+# Options that change a result by rounding at most.
+WHERE = "stage", "out", "fresh", "device", "precision", "compile"
 SAVE_SECONDS = 30  # between two states of a training that a stopped run goes on from
 # The files that say who is drawn, what they say and how it is heard.
 WORLD = "faces.py", "voices.py", "data.py"
@@ -274,9 +275,9 @@ def optimizer_step(net, learning_rates):
 
 
 @torch.no_grad()
-def update_ema(ema, net, step, horizon):
-    """ema follows net over the last `horizon` steps; at the beginning over fewer."""
-    share = min(1, max(1 / horizon, 9 / (10 + step)))
+def update_ema(ema, net, step):
+    """ema follows net, as the mean of its weights over about the last ninth of the steps so far."""
+    share = min(1, 9 / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), share)
 
 

@@ -3,7 +3,7 @@
     python sample.py                                    # a held-out drawn face: out/dub.mp4
     python sample.py --audio speech.wav                 # a drawn person says it
     python sample.py --text "Guten Tag" --voice de --face 7     # another one says this
-    python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128    # --compile on
+    python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128
     python sample.py --video IN.mp4 --audio IN.wav --out - | ffplay -f rawvideo \\
         -pixel_format rgb24 -video_size 640x480 -framerate 25 -     # IN.mp4's size
 
@@ -117,7 +117,7 @@ def blend_seams(x0, mask, chunk, before=None):
     """Smooth the seams in time where tokens meet, as video codecs do those between blocks: in the
     mask, the first frame of each token leans to the last one of the token before. x0 (B, L, N, P)
     from the start of a chunk on, `before` the x0 that ends there -> x0 to show. (The cache holds it
-    unjoined, as in training.) At small, frames then change at borders as much as elsewhere, 1.1 to
+    unblended, as in training.) At small, frames then change at borders as much as elsewhere, 1.1 to
     1.2 times as much as the truth's; without, 1.5 times where a chunk starts. More costs sync."""
     n = x0.shape[-1] // 4  # values of a frame
     first_frame = x0[..., :n]
@@ -203,11 +203,10 @@ def denoise_chunk(net, cond, cache, noise, exit_step=None):
     times = denoising_times(net.cfg)
     if exit_step is None:
         exit_step = len(times) - 1
-    constant = Cond(*(x.detach() for x in cond))
     x_t = noise(cond.masked_source.float())
     with torch.no_grad():
         for t, next_t in zip(times[:exit_step], times[1:]):
-            x0 = net(x_t, t, constant, cache=cache).float()
+            x0 = net(x_t, t, cond, cache=cache).float()
             # Fresh noise, not the first: with that, x_t would lie on a straight line from noise to
             # x0, and the net be asked about its own mistakes as if they were noise.
             x_t = add_noise(x0, noise(x0), next_t)
@@ -242,7 +241,8 @@ def noise_like(x, rng):
 
 def rollout(net, cond, exit_step, rng):
     """`generate` for training (Self-Forcing): the student's own clip (B, L, N, P), chunk by chunk
-    as at inference, stopped in every chunk at the same call, see denoise_chunk."""
+    as at inference, but stopped in every chunk at the same call, see denoise_chunk. Gradient, if
+    on, goes through that call alone: none passes through the cache from chunk to chunk."""
     cache = KVCache(net, batch=len(cond.tokens))
     outputs = []
     for chunk in in_chunks(cond, net.cfg.chunk):
@@ -314,7 +314,7 @@ class Streamer:
         self.net = net
         self.device = net.final_layer.weight.device
         if cuda_graph and self.device.type != "cuda":
-            raise UserError("--compile on captures CUDA graphs, which needs an NVIDIA GPU")
+            raise UserError("--cuda_graph needs an NVIDIA GPU")
         self.cuda_graph = cuda_graph
         self.blend = blend
         self.rng = torch.Generator(self.device).manual_seed(seed)
@@ -373,11 +373,11 @@ class Streamer:
         return frames
 
 
-def stream(net, source, audio, seed=0, compile=False, blend=True):
+def stream(net, source, audio, seed=0, cuda_graph=False, blend=True):
     """Dub a stream. source: an iterable of (S, S, 3) uint8 frames at 25 fps; audio: (n,) float32 at
     16 kHz, anything that slices and has a length. Yields (4 chunk = 12, S, S, 3) uint8, less at
-    the end. See Streamer; compile: by a CUDA graph."""
-    streamer = Streamer(net, seed, cuda_graph=compile, blend=blend)
+    the end. See Streamer."""
+    streamer = Streamer(net, seed, cuda_graph=cuda_graph, blend=blend)
     for c, (pixels, length) in enumerate(video_chunks(source, net.cfg)):
         frames = streamer.step(pixels, chunk_mel(audio, c, net.cfg))
         yield frames[:length]
@@ -425,7 +425,7 @@ def dub_face(net, cfg, audio):
     source = (there_and_back[i % len(there_and_back)] for i in range(total))
     side = FACE_SCALE * net.cfg.size
     with media.write_video(cfg.out, (side, side), audio) as put:
-        for frames in stream(net, source, audio, cfg.seed, cfg.compile == "on"):
+        for frames in stream(net, source, audio, cfg.seed, cfg.cuda_graph):
             for frame in frames:
                 put(square(frame, side).numpy())
     print(f"{cfg.out}: {total / FPS:.1f} s, said by the drawn person --face {cfg.face}")
@@ -455,7 +455,7 @@ def dub_file(net, cfg, audio):
         messages = sys.stdout
         output = media.write_video(cfg.out, (width, height), audio)
     # Not blended in the square, but once, in the frame.
-    dubs = stream(net, squares(), audio, cfg.seed, cfg.compile == "on", blend=False)
+    dubs = stream(net, squares(), audio, cfg.seed, cfg.cuda_graph, blend=False)
     with output as put:
         for frames in dubs:
             for dub in frames:
@@ -465,13 +465,13 @@ def dub_file(net, cfg, audio):
     print(f"{cfg.out}: {pace}, reading and writing included", file=messages)
 
 
-def side_by_side(path, net, pairs, seed=0, compile=False):
+def side_by_side(path, net, pairs, seed=0, cuda_graph=False):
     """Dub drawn (source, truth) pairs -> an mp4, source | dub | truth one pair after another with
     the dub's sound, and beside it a PNG of eight moments of each: rows of source, dub, truth."""
     frames = []
     sheet = []
     for source, truth in pairs:
-        dub = torch.cat(list(stream(net, source.video, truth.audio, seed, compile)))
+        dub = torch.cat(list(stream(net, source.video, truth.audio, seed, cuda_graph)))
         frames.append(torch.cat([source.video, dub, truth.video], 2))
         for video in (source.video, dub, truth.video):
             moments = video[6::12][:8]
@@ -509,7 +509,7 @@ class Options:
     attention: str = opt(
         "auto", "the stream's attention; auto: by kernels.py on NVIDIA's GPUs", ("auto", "dense")
     )
-    compile: str = opt("off", "replay each chunk as one CUDA graph; needs a GPU", ("on", "off"))
+    cuda_graph: bool = opt(False, "replay each chunk as one CUDA graph; needs an NVIDIA GPU")
 
 
 def main(argv):
@@ -531,7 +531,7 @@ def main(argv):
         print(f"attention: {'kernels.py' if net.fused else 'dense'}", file=sys.stderr)
     if not (cfg.video or cfg.audio or cfg.text):
         pairs = [dub_pair(1000 + cfg.seed, 96, net.cfg.size)]
-        side_by_side(cfg.out, net, pairs, cfg.seed, cfg.compile == "on")
+        side_by_side(cfg.out, net, pairs, cfg.seed, cfg.cuda_graph)
         print(f"{cfg.out} (and .png): source | dub | truth; the models never saw this person")
         return
     if cfg.text:

@@ -164,14 +164,14 @@ def gradient_energy(video):
 
 
 @torch.no_grad()
-def reward_weights(reward, rectangle, mel, beta):
+def reward_weights(expert, rectangle, mel, beta):
     """exp(beta Sync-C) over its mean in the batch -> (B,), and the mean Sync-C. Clips in sync count
     for more. Without gradient: that would paint whatever pixels please the expert.
 
     Sync-C of unit vectors is a tenth of the paper's: beta 20 here is what 2 is there. (The paper's
     weights are not over their mean. That changes DMD's share against the perceptual loss from batch
     to batch; it is no larger learning rate, since AdamW and clipping do not mind the scale.)"""
-    sync_c, _, _ = score(reward, rectangle, mel)
+    sync_c, _, _ = score(expert, rectangle, mel)
     weight = (beta * sync_c).exp()
     return weight / runtime.shared_mean(weight.mean()), sync_c.mean()
 
@@ -280,7 +280,7 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
     torch.manual_seed(seed)
     rng = torch.Generator(device).manual_seed(seed)
     net = SyncNet(cfg).to(device)
-    drawn = clips.shape.isfinite().all()
+    drawn = clips.mouth.isfinite().all()
     if not drawn:  # nobody measured recorded mouths: let perceptual_loss see none either
         nn.init.zeros_(net.mouth_head.weight)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
@@ -289,7 +289,7 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
     log_every = max(1, steps // 5)
     for step in range(1, steps + 1):
         video, mel, shape = clips.moments(BATCH, T, rng)
-        # Another sound and light each time: timing is what counts.
+        # Another equalizer and brightness each time: timing is what counts.
         light = torch.randn(BATCH, 1, 1, 1, 1, generator=rng, device=device)
         rectangle = to_float(video.chunk(2, 2)[1]) * (1 + 0.1 * light)
         with runtime.autocast(net):

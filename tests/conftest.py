@@ -66,7 +66,7 @@ def clips(cfg):
 
 @pytest.fixture(scope="session")
 def val(cfg):
-    return faces.held_out(2, cfg.size, "val", CPU, 6)
+    return faces.make_pairs(2, cfg.size, "val", CPU, 6)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def expert_file(tmp_path_factory, cfg):
     path = tmp_path_factory.mktemp("sync") / "judge.pt"
     people = faces.drawn_clips("train", cfg.size, 96, CPU)
     few = data.Clips(people, 60, cfg.size, CPU, latents=24)
-    held_out = faces.held_out(4, cfg.size, "val", CPU, 12)
+    held_out = faces.make_pairs(4, cfg.size, "val", CPU, 12)
     syncnet.train(path, syncnet.Config(size=cfg.size), few, 320, 3, held_out)
     return path
 

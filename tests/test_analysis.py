@@ -9,7 +9,7 @@ import sample
 
 
 def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(faces, "held_out", functools.partial(faces.held_out, latents=12))
+    monkeypatch.setattr(faces, "make_pairs", functools.partial(faces.make_pairs, latents=12))
     monkeypatch.setattr(analysis, "LANDINGS", (20, 40))
     rows = run("trajectory")["rows"]
     plain, guided = rows["steps"]["1.0"], rows["steps"]["2.0"]
@@ -40,7 +40,7 @@ def near(a, b):
 
 def test_trajectories_by_hand(tiny, float32):
     """They end where the teacher dubs; and two steps, written out."""
-    pairs = faces.held_out(2, 32, "held-out", torch.device("cpu"), latents=6)
+    pairs = faces.make_pairs(2, 32, "held-out", torch.device("cpu"), latents=6)
     source, mel = pairs.source, pairs.mel
     windows = analysis.Windows(tiny, pairs, latents=3)
     ends = {}

@@ -45,7 +45,7 @@ def test_the_kernel_and_the_graph_stream_the_same(tiny):
     assert apart(eager, source.video) > 1
     for fused, graph in ((True, False), (False, True), (True, True)):
         net.fused = fused
-        again = torch.cat(list(sample.stream(net, source.video, truth.audio, compile=graph)))
+        again = torch.cat(list(sample.stream(net, source.video, truth.audio, cuda_graph=graph)))
         assert again.shape == eager.shape and apart(again, eager) <= 1
 
 

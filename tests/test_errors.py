@@ -65,7 +65,7 @@ sample --device abacus: --device abacus
 syncnet --video good.mp4 --weights student: a checkpoint of kind dit, where syncnet is needed
 syncnet --video short.mp4 --audio good.wav --weights expert: 8 frames with sound are too few
 faces --out /dev/null/x: cannot be written
-distill --band_first 40 --band_last 20: --band_first before --band_last
+distill --sync_first 40 --sync_last 20: --sync_first before --sync_last
 distill --band-first 30: unrecognized arguments: --band-first
 distill --init_steps 0: --init_steps 0 is too small
 distill --latents 10: multiple of --chunk
