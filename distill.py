@@ -519,7 +519,7 @@ def load_clips(cfg, split, device):
 
 def remembered(cfg):
     """What a checkpoint tells of how it was made."""
-    return dict(source_hash=runtime.source_hash(), options=dataclasses.asdict(cfg))
+    return dict(source_hash=runtime.source_hash(), options=runtime.result_options(cfg))
 
 
 def save_stage(cfg, stage, net):

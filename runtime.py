@@ -28,7 +28,7 @@ PRECISIONS = (
 )
 precision = ""  # what --precision says, for the whole process; "": what the device does fast
 # Options that change a result by rounding at most.
-WHERE = "stage", "out", "fresh", "device", "precision", "compile"
+WHERE = "stage", "out", "weights", "fresh", "device", "precision", "compile"
 SAVE_SECONDS = 30  # between two states of a training that a stopped run goes on from
 # The files that say who is drawn, what they say and how it is heard.
 WORLD = "faces.py", "voices.py", "data.py"
