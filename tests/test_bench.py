@@ -25,7 +25,9 @@ def test_speed_and_attention_end_in_json(run):
 def test_quality_ends_in_json(run):
     found = run("quality")
     rows = found["rows"]
-    assert {"truth", "teacher", "teacher_guided", "student"} < set(rows) and found["clips"] == 2
+    assert {"truth", "teacher", "teacher, guidance 1.5", "student"} < set(rows) and found[
+        "clips"
+    ] == 2
     assert rows["truth"]["psnr"] > 70 and rows["truth"]["sharpness"] == 1
     for worse in (rows["teacher"], rows["student"]):
         assert worse["sync_c"] < rows["truth"]["sync_c"] and worse["psnr_ci"] >= 0
