@@ -157,8 +157,15 @@ def test_dubbing_a_recording(tmp_path, student_file):
     """29.97 fps, 176x144, stereo 44.1 kHz, shorter than the sound: sized, timed and sounding as
     asked, untouched outside the box. A bar at the top counts the recording's frames."""
     video, sound, out = tmp_path / "in.mp4", tmp_path / "in.wav", tmp_path / "out.mp4"
-    how = dict(codec="libx264", quality=10, macro_block_size=2, ffmpeg_log_level="error")
-    writer = imageio_ffmpeg.write_frames(str(video), (176, 144), fps=30000 / 1001, **how)
+    writer = imageio_ffmpeg.write_frames(
+        str(video),
+        (176, 144),
+        fps=30000 / 1001,
+        codec="libx264",
+        quality=10,
+        macro_block_size=2,
+        ffmpeg_log_level="error",
+    )
     writer.send(None)
     picture = np.random.default_rng(0).integers(0, 255, (9, 11, 3), np.uint8)
     picture = picture.repeat(16, 0).repeat(16, 1)
