@@ -1,0 +1,477 @@
+"""A page to speak to: you talk, and the lips of a drawn person follow, chunk by chunk.
+
+    python live.py                # prints an address on this machine; open it in a browser
+    python live.py --weights out/small/student.pt
+
+The page, live.html, records 480 ms of sound at a time and posts them. The answer holds the 12
+frames that go with them, and what the student did for them: its guesses, the latent frames that it
+looked back at, and how long each pass took. The page shows the frames by the clock of the sound.
+"""
+
+import base64
+import binascii
+import contextlib
+import copy
+import dataclasses
+import io
+import ipaddress
+import json
+import math
+import secrets
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+
+import runtime
+import voices
+from data import AUDIO_AHEAD, FPS, HOP, MEL_REACH, RATE, middle, mouth_mask, to_float
+from faces import SPLITS, render_clip
+from model import attention_window, load_dit
+from runtime import UserError, autocast, opt
+from sample import FACE_SECONDS, STEPS, Streamer, chunk_mel, euler, to_frames
+from syncnet import find_weights
+
+PAGE = Path(__file__).with_name("live.html")
+AHEAD = HOP * AUDIO_AHEAD + MEL_REACH  # samples that a chunk hears beyond its own
+GUIDANCE = 2.0  # of the teacher
+SPEEDS = "1", "2", "4", "teacher"  # denoising steps of the student, or the teacher
+MAX_PAGES = 4
+IDLE_SECONDS = 5.0  # after which a page gives up its place, should another one want it
+MAX_BODY = 1 << 20  # bytes of a request
+MAX_TEXT = 300  # letters
+# The page needs nothing but this server, and no other page may frame it.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; "
+    "img-src data: blob:; connect-src 'self'; frame-ancestors 'none'"
+)
+
+
+class Refused(Exception):
+    """A request that is not answered: its HTTP status, and a line for the page."""
+
+    def __init__(self, status, line):
+        super().__init__(line)
+        self.status = status
+
+
+class Recording:
+    """The sound of a stream so far, (n,) float32: slices and has a length as if all were there, but
+    holds the last two seconds alone."""
+
+    def __init__(self):
+        self.first = 0  # the number of the first sample that is held
+        self.samples = np.zeros(0, np.float32)
+
+    def append(self, samples):
+        samples = np.concatenate([self.samples, samples])
+        kept = samples[-2 * RATE :]
+        self.first += len(samples) - len(kept)
+        self.samples = kept
+
+    def __len__(self):
+        return self.first + len(self.samples)
+
+    def __getitem__(self, where):
+        return self.samples[where.start - self.first : where.stop - self.first]
+
+
+class TeacherStreamer:
+    """The guided teacher in a Streamer's place: 100 passes a chunk (50 of twice the batch). It sees
+    the chunk alone; on a whole clip, as it was trained, it would be later still."""
+
+    def __init__(self, net, blend=True):
+        self.net = net
+        self.blend = blend
+        self.reference = None
+        self.x0 = None
+
+    @torch.no_grad()
+    def step(self, pixels, mel):
+        """See Streamer.step."""
+        device = self.net.final_layer.weight.device
+        pixels = pixels.to(device)
+        video = to_float(middle(pixels))
+        if self.reference is None:
+            self.reference = video[:, :1].expand_as(video)
+        with autocast(self.net):
+            cond = self.net.embed(video, self.reference, mel.to(device))
+            x0 = euler(self.net, cond, STEPS, GUIDANCE)
+        frames = to_frames(self.net, x0, pixels, self.x0, self.blend)
+        self.reference = video
+        self.x0 = x0
+        return frames[0].cpu()
+
+
+@contextlib.contextmanager
+def watched(net):
+    """Inside this `with`, each pass of the network adds to a list: (t, the time that it was asked
+    about, 0 in the cache pass; ms that it took; x0, what it predicted, None in the cache pass)."""
+    passes = []
+    device = net.final_layer.weight.device
+    start = 0.0
+
+    def before(net, arguments):
+        nonlocal start
+        runtime.synchronize(device)
+        start = time.perf_counter()
+
+    def after(net, arguments, x0):
+        runtime.synchronize(device)
+        ms = 1000 * (time.perf_counter() - start)
+        passes.append((float(arguments[1]), ms, x0))
+
+    hooks = [net.register_forward_pre_hook(before), net.register_forward_hook(after)]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def image_url(image, kind="JPEG", **quality):
+    """An array (H, W, 3 or 4) uint8 -> a data URL, which an <img> takes as it is."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **quality)
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{encoded}"
+
+
+def strip_url(frames):
+    """Frames (n, S, S, 3) uint8, side by side in one picture -> a data URL."""
+    strip = torch.cat(list(frames.cpu()), 1).numpy()
+    return image_url(strip, quality=92, subsampling=0)
+
+
+def read_picture(url, size):
+    """A data URL of a PNG of size x size pixels -> (1, size, size, 3) uint8."""
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=["PNG"])
+        if picture.size != (size, size):  # before it is decoded, so a small file stays small
+            raise Refused(400, f"a picture of {size} x {size} pixels is needed")
+        pixels = np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, binascii.Error):
+        raise Refused(400, "that is no PNG picture") from None
+    return torch.from_numpy(pixels)[None]
+
+
+class Page:
+    """What the server knows of an open page: the person, the stream, and the sound so far."""
+
+    def __init__(self, net, face=0, picture=None):
+        """net: a student, or the teacher. face: the seed of a drawn person; picture: a data URL of
+        a face, which is shown instead. The page lays dubs over its own picture by itself."""
+        self.net = net
+        self.used = -math.inf  # when it last sent sound; so far, nothing is lost with it
+        self.sound = Recording()
+        self.chunks = 0
+        size = net.cfg.size
+        if picture is None:
+            seed = SPLITS["held-out"] + 2 * face
+            video = render_clip(seed, FACE_SECONDS * FPS, size).video
+            self.video = torch.cat([video, video[1:-1].flip(0)])  # there and back
+        else:
+            self.video = read_picture(picture, size)
+        blend = picture is None
+        if net.stage == "teacher":
+            self.streamer = TeacherStreamer(net, blend)
+        else:
+            self.streamer = Streamer(net, blend=blend)
+
+    def about(self):
+        """What the page is told when it opens."""
+        size = self.net.cfg.size
+        mask = (255 * mouth_mask(size)).round().to(torch.uint8)[:, :, None]
+        white = torch.full((size, size, 3), 255, dtype=torch.uint8)
+        return {
+            "size": size,
+            "frames": 4 * self.net.cfg.chunk,  # of a chunk
+            "samples": 4 * self.net.cfg.chunk * RATE // FPS,
+            "ahead": AHEAD,
+            "still": strip_url(self.video[:1]),
+            "mask": image_url(torch.cat([white, mask], 2).numpy(), "PNG"),
+        }
+
+    def step(self, samples):
+        """The next samples (n,) -> what the page shows of the chunk that they complete."""
+        start = time.perf_counter()
+        cfg = self.net.cfg
+        count = 4 * cfg.chunk
+        expected = count * RATE // FPS + (AHEAD if self.chunks == 0 else 0)
+        if len(samples) != expected:
+            raise Refused(400, f"{len(samples)} samples, where {expected} are needed")
+        if not np.isfinite(samples).all():
+            raise Refused(400, "some samples are NaN or infinite")
+        self.sound.append(samples.clip(-1, 1))
+        first = count * self.chunks
+        pixels = torch.stack([self.video[(first + i) % len(self.video)] for i in range(count)])
+        mel = chunk_mel(self.sound, self.chunks, cfg)
+        with watched(self.net) as passes:
+            frames = self.streamer.step(pixels[None], mel)
+        latents = list(range(cfg.chunk * self.chunks, cfg.chunk * (self.chunks + 1)))
+        if self.net.stage == "teacher":
+            guesses = [frames]  # fifty would be too many to show
+            window = latents
+        else:
+            source = pixels[None].to(self.net.mask.device)
+            predictions = [x0 for _, _, x0 in passes if x0 is not None]
+            guesses = [
+                to_frames(self.net, x0, source, blend=self.streamer.blend)[0] for x0 in predictions
+            ]
+            window = attention_window(self.chunks, cfg)
+        answer = {
+            "frames": strip_url(frames),
+            "guesses": [strip_url(guess) for guess in guesses],
+            "passes": [{"t": t, "ms": ms} for t, ms, _ in passes],
+            "window": window,
+            "latents": latents,
+            "compute_ms": 1000 * (time.perf_counter() - start),
+        }
+        self.chunks += 1
+        return answer
+
+
+class Studio:
+    """The networks and the open pages. All that computes runs in one thread, one job at a time:
+    torch makes a team of threads for every thread that calls it."""
+
+    def __init__(self, student, teacher):
+        self.nets = {"teacher": teacher}
+        for steps in SPEEDS[:-1]:
+            net = copy.copy(student)  # the same weights
+            net.cfg = dataclasses.replace(student.cfg, num_steps=int(steps))
+            self.nets[steps] = net
+        self.worker = ThreadPoolExecutor(1)
+        self.pages = {}
+        self.lock = threading.Lock()
+
+    def compute(self, function, *arguments):
+        return self.worker.submit(function, *arguments).result()
+
+    def open(self, request):
+        """{steps, face or picture, page: an earlier one that this replaces} -> Page.about."""
+        net = self.nets.get(str(request.get("steps", "2")))
+        face = request.get("face", 0)
+        picture = request.get("picture")
+        if net is None or type(face) is not int or not 0 <= face < 1 << 20:
+            raise Refused(400, f"steps: one of {', '.join(SPEEDS)}; face: a whole number from 0 on")
+        if picture is not None and type(picture) is not str:
+            raise Refused(400, "a picture comes as a data URL")
+        page = self.compute(Page, net, face, picture)
+        name = secrets.token_urlsafe(16)
+        with self.lock:
+            self.pages.pop(str(request.get("page")), None)
+            if len(self.pages) >= MAX_PAGES:
+                oldest = min(self.pages, key=lambda name: self.pages[name].used)
+                if time.monotonic() - self.pages[oldest].used < IDLE_SECONDS:
+                    raise Refused(503, f"{MAX_PAGES} pages are in use already; close one of them")
+                del self.pages[oldest]
+            self.pages[name] = page
+        return {"page": name, **page.about()}
+
+    def page(self, name):
+        with self.lock:
+            page = self.pages.get(name)
+            if page is None:
+                raise Refused(410, "this page gave up its place; it opens again")
+            page.used = time.monotonic()
+        return page
+
+    def step(self, name, body):
+        page = self.page(name)
+        if len(body) % 4:
+            raise Refused(400, "samples come as float32")
+        return self.compute(page.step, np.frombuffer(body, "<f4"))
+
+    def say(self, request):
+        """{text, voice} -> samples (n,) float32 at RATE, as bytes."""
+        text = request.get("text")
+        voice = request.get("voice")
+        if type(text) is not str or not text.strip() or len(text) > MAX_TEXT:
+            raise Refused(400, f"give a text of 1 to {MAX_TEXT} letters")
+        if str(voice) not in voices.LANGUAGES:
+            raise Refused(400, f"the languages are {', '.join(voices.LANGUAGES)}")
+        return self.compute(voices.say, text, voice).astype("<f4").tobytes()
+
+    def close(self, name):
+        with self.lock:
+            self.pages.pop(name, None)
+
+
+def split(address):
+    try:
+        return urlsplit(address)
+    except ValueError:
+        raise Refused(400, "that is no address") from None
+
+
+def parse(body):
+    """The bytes of a JSON object -> dict."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        request = None
+    if not isinstance(request, dict):
+        raise Refused(400, "that is no JSON object")
+    return request
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keeps the connection, which saves a handshake a chunk
+    timeout = 30  # s without a byte, after which a connection is closed
+
+    def log_message(self, *words):
+        pass
+
+    def do_GET(self):
+        self.respond(self.get)
+
+    def do_POST(self):
+        self.respond(self.post)
+
+    def respond(self, method):
+        try:
+            self.check()
+            method(split(self.path))
+        except Refused as e:
+            self.refuse(e.status, str(e))
+        except UserError as e:
+            self.refuse(400, str(e))
+
+    def get(self, url):
+        if url.path != "/":
+            raise Refused(404, "there is nothing but /")
+        options = "".join(f"<option>{name}</option>" for name in voices.LANGUAGES)
+        text = PAGE.read_text("utf-8").replace("<!-- languages -->", options)
+        self.answer(200, "text/html; charset=utf-8", text.encode())
+
+    def post(self, url):
+        studio = self.server.studio
+        name = parse_qs(url.query).get("page", [""])[0]
+        body = self.body()
+        if url.path == "/chunk":
+            self.json(200, studio.step(name, body))
+        elif url.path == "/open":
+            self.json(200, studio.open(parse(body)))
+        elif url.path == "/say":
+            self.answer(200, "application/octet-stream", studio.say(parse(body)))
+        elif url.path == "/close":
+            studio.close(name)
+            self.json(200, {})
+        else:
+            raise Refused(404, "there is no such place")
+
+    def check(self):
+        """Only pages that this server has served may use it. A browser tells which page asks
+        (Origin), and by which name it knows the server (Host): a name that somebody else has
+        pointed to this machine is not ours."""
+        host = self.headers.get("Host", "")
+        if not self.server.is_ours(split(f"//{host}").hostname):
+            raise Refused(403, f"not under the name {host}")
+        origin = self.headers.get("Origin")
+        if origin != f"http://{host}" and not (origin is None and self.command == "GET"):
+            raise Refused(403, "not from another page")
+
+    def body(self):
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise Refused(411, "a request needs its Content-Length")
+        if int(length) > MAX_BODY:
+            raise Refused(413, f"a request has at most {MAX_BODY} bytes")
+        return self.rfile.read(int(length))
+
+    def answer(self, status, kind, body):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def json(self, status, value):
+        self.answer(status, "application/json", json.dumps(value).encode())
+
+    def refuse(self, status, line):
+        self.close_connection = True  # its body may be unread
+        self.json(status, {"error": line})
+
+
+class Server(ThreadingHTTPServer):
+    def __init__(self, host, port, studio):
+        self.studio = studio
+        self.host = host
+        super().__init__((host, port), Handler)
+
+    def is_ours(self, name):
+        """Is this a name that our pages know the server by?"""
+        if self.host == "127.0.0.1":
+            return name in ("127.0.0.1", "localhost")
+        try:
+            ipaddress.ip_address(name or "")  # nobody can point a number elsewhere
+        except ValueError:
+            return name in ("localhost", self.host)
+        return True
+
+    def handle_error(self, request, address):
+        """A browser that goes away in the middle of an answer is no error."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, address)
+
+
+@dataclasses.dataclass
+class Options:
+    weights: str = opt("", "the checkpoint of a student; the bundled one if not given")
+    teacher: str = opt("", "the checkpoint of a teacher; the bundled one if not given")
+    port: int = opt(8000, "the number of the port; 0: any that is free", least=0)
+    host: str = opt(
+        "127.0.0.1", "the address to listen at; another than this machine's lets others in"
+    )
+    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
+    precision: str = opt("", *runtime.PRECISIONS)
+
+
+def serve(cfg):
+    """Load the networks and bind the port -> Server, ready to serve."""
+    device = runtime.find_device(cfg.device, cfg.precision)
+    nets = []
+    for name, given in (("student", cfg.weights), ("teacher", cfg.teacher)):
+        path = find_weights(name, given)
+        net = load_dit(path, device, runtime.fast_dtype(device))
+        if (net.stage == "teacher") != (name == "teacher"):
+            raise UserError(f"{path}: of stage {net.stage}, where a {name} is needed")
+        nets.append(net)
+    studio = Studio(*nets)
+    try:
+        server = Server(cfg.host, cfg.port, studio)
+    except OSError as e:
+        raise UserError(f"--host {cfg.host} --port {cfg.port}: {e.strerror}; try another") from None
+    # The first passes of a network are slow, and nobody should wait for them.
+    page = Page(studio.nets["2"])
+    studio.compute(page.step, np.zeros(page.about()["samples"] + AHEAD, np.float32))
+    return server
+
+
+def main(argv):
+    cfg = runtime.options(Options, argv, __doc__)
+    server = serve(cfg)
+    if cfg.host != "127.0.0.1":
+        print(
+            "Everybody who reaches this machine can use this page. (Browsers give it the microphone"
+            " on this machine alone.)"
+        )
+    print(f"http://{cfg.host}:{server.server_port}    (Ctrl-C stops it)", flush=True)
+    with server:
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    runtime.run(main)

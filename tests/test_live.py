@@ -1,0 +1,424 @@
+"""The page that one speaks to: what its server answers, whom it refuses, and the page itself in a
+real browser (skipped where there is none)."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import bench
+import data
+import live
+import model
+import runtime
+import sample
+import syncnet
+import voices
+from faces import SPLITS, render_clip
+
+CHUNK = 12 * data.RATE // data.FPS  # samples
+NOISE = np.random.default_rng(0).standard_normal(8 * CHUNK).astype(np.float32) / 10
+
+
+@contextlib.contextmanager
+def serving(**options):
+    server = live.serve(live.Options(port=0, **options))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(student_file, tmp_path_factory):
+    teacher_file = tmp_path_factory.mktemp("live") / "teacher.pt"
+    state = torch.load(student_file, weights_only=True)
+    torch.save(state | {"stage": "teacher"}, teacher_file)
+    with serving(weights=str(student_file), teacher=str(teacher_file)) as server:
+        yield server
+
+
+def request(server, method, path, body=b"", **headers):
+    """-> status, body; a dict where it is JSON."""
+    address = f"127.0.0.1:{server.server_port}"
+    connection = http.client.HTTPConnection(address, timeout=60)
+    headers = {"Origin": f"http://{address}"} | headers
+    body = json.dumps(body).encode() if isinstance(body, dict) else body
+    connection.request(method, path, body, {k: v for k, v in headers.items() if v is not None})
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    is_json = answer.headers["Content-Type"] == "application/json"
+    return answer.status, json.loads(content) if is_json else content
+
+
+def opened(server, **wishes):
+    server.studio.pages.clear()
+    status, page = request(server, "POST", "/open", wishes)
+    assert status == 200, page
+    return page
+
+
+def post_chunk(server, page, c, sound=NOISE):
+    """Chunk c's samples, as the page sends them -> the answer."""
+    begin = CHUNK * c + live.AHEAD if c else 0
+    part = sound[begin : CHUNK * (c + 1) + live.AHEAD]
+    return request(server, "POST", f"/chunk?page={page['page']}", part.tobytes())
+
+
+def frames_of(strip, size):
+    """A data URL of frames side by side -> (n, S, S, 3) uint8."""
+    picture = Image.open(io.BytesIO(base64.b64decode(strip.partition(",")[2])))
+    strip = torch.from_numpy(np.array(picture.convert("RGB")))
+    return torch.stack(strip.split(size, 1))
+
+
+def test_a_recording_is_as_good_as_the_whole_file(tiny):
+    recording = live.Recording()
+    for c in range(6):
+        begin = CHUNK * c + live.AHEAD if c else 0
+        recording.append(NOISE[begin : CHUNK * (c + 1) + live.AHEAD])
+        heard = sample.chunk_mel(recording, c, tiny.cfg)
+        assert heard.equal(sample.chunk_mel(NOISE, c, tiny.cfg))
+    assert len(recording.samples) == 2 * data.RATE
+
+
+def test_its_frames_are_those_of_a_file(server):
+    page = opened(server, face=5)
+    net = server.studio.nets["2"]
+    size = net.cfg.size
+    source = render_clip(SPLITS["held-out"] + 10, live.FACE_SECONDS * data.FPS, size).video
+    there_and_back = torch.cat([source, source[1:-1].flip(0)])
+    dub = torch.cat(list(sample.stream(net, there_and_back[:48], NOISE)))
+    for c in range(3):
+        status, answer = post_chunk(server, page, c)
+        assert status == 200, answer
+        frames = frames_of(answer["frames"], size)
+        expected = dub[12 * c : 12 * (c + 1)]
+        assert (frames.float() - expected.float()).abs().mean() < 4  # as exact as JPEG
+        assert (frames.float() - dub[24:36].float()).abs().mean() > 4 or c == 2
+
+
+@pytest.mark.parametrize("steps", live.SPEEDS)
+def test_it_tells_what_was_computed(server, steps):
+    page = opened(server, steps=steps)
+    net = server.studio.nets[steps]
+    for c in range(4):
+        _, answer = post_chunk(server, page, c)
+        times = [a_pass["t"] for a_pass in answer["passes"]]
+        if steps == "teacher":
+            assert len(times) == 50 and len(answer["guesses"]) == 1
+        else:
+            cache_pass = [0.0] if c else []
+            assert times == pytest.approx(cache_pass + sample.denoising_times(net.cfg))
+            assert len(answer["guesses"]) == int(steps)
+            assert answer["window"] == model.attention_window(c, net.cfg)
+        assert answer["latents"] == [3 * c, 3 * c + 1, 3 * c + 2]
+        assert sum(a_pass["ms"] for a_pass in answer["passes"]) < answer["compute_ms"]
+
+
+def png(size, seed=0):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), pixels
+
+
+def test_ones_own_picture(server):
+    size = server.studio.nets["2"].cfg.size
+    picture, pixels = png(size)
+    page = opened(server, picture=picture)
+    _, answer = post_chunk(server, page, 0)
+    frames = frames_of(answer["frames"], size)
+    mask = frames_of(page["mask"], size)
+    assert mask.shape[1:3] == (size, size)
+    upper = frames[:, : size // 2].float() - torch.from_numpy(pixels)[: size // 2].float()
+    assert upper.abs().mean() < 30  # JPEG of noise; another picture is 85 away
+
+
+def test_text(server):
+    status, body = request(server, "POST", "/say", {"text": "Guten <Tag> & Abend", "voice": "de"})
+    assert status == 200
+    assert np.array_equal(np.frombuffer(body, "<f4"), voices.say("Guten <Tag> & Abend", "de"))
+
+
+REFUSED = """
+GET /../live.py: 404: nothing but /
+GET /weights/small/judge.pt: 404: nothing but /
+POST /nowhere {}: 404: no such place
+POST /open []: 400: no JSON object
+POST /open {"face": -1}: 400: face: a whole number
+POST /open {"face": "../../etc/passwd"}: 400: face: a whole number
+POST /open {"steps": "3"}: 400: steps: one of 1, 2, 4, teacher
+POST /open {"steps": ["2"], "page": {}}: 400: steps: one of 1, 2, 4, teacher
+POST /open {"picture": "/etc/passwd"}: 400: no PNG picture
+POST /open {"picture": 7}: 400: a data URL
+POST /say {"text": "", "voice": "de"}: 400: 1 to 300 letters
+POST /say {"text": "a", "voice": "../de"}: 400: the languages are
+POST /say {"text": "a", "voice": ["de"]}: 400: the languages are
+POST /say {"text": "...", "voice": "de"}: 400: nothing to say
+POST /chunk?page=none {}: 410: gave up its place
+"""
+
+
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_refused(server, case):
+    words, status, line = re.fullmatch(r"(.*?): (4\d\d): (.*)", case).groups()
+    method, path, *body = words.split(" ", 2)
+    answered, answer = request(server, method, path, "".join(body).encode())
+    assert (answered, line in answer["error"]) == (int(status), True), answer
+
+
+def test_only_our_own_pages(server):
+    port = server.server_port
+    ours = f"http://127.0.0.1:{port}"
+    assert request(server, "GET", "/", Origin=None)[0] == 200
+    assert request(server, "GET", "/", Host=f"localhost:{port}", Origin=None)[0] == 200
+    for headers in (
+        dict(Host=f"evil.example:{port}", Origin=f"http://evil.example:{port}"),
+        dict(Origin="http://evil.example"),
+        dict(Origin="null"),
+        dict(Origin=ours.replace("http", "https")),
+        dict(Origin=None),
+        dict(Host="["),
+    ):
+        status, answer = request(server, "POST", "/open", {}, **headers)
+        assert status in (400, 403) and "error" in answer, headers
+    assert server.socket.getsockname()[0] == "127.0.0.1"
+    server.host = "0.0.0.0"
+    assert server.is_ours("192.168.1.5") and not server.is_ours("evil.example")
+    server.host = "127.0.0.1"
+    assert not server.is_ours("192.168.1.5")
+
+
+def test_large_and_wrong_bodies(server):
+    page = opened(server)
+    length = {"Content-Length": str(live.MAX_BODY + 1)}
+    assert request(server, "POST", "/open", b"", **length)[0] == 413
+    assert request(server, "POST", "/open", b"", **{"Content-Length": "-1"})[0] == 411
+    assert "1000 samples" in post_chunk(server, page, 0, NOISE[:1000])[1]["error"]
+    bad = NOISE.copy()
+    bad[100] = np.nan
+    assert "NaN" in post_chunk(server, page, 0, bad)[1]["error"]
+    assert post_chunk(server, page, 0)[0] == 200  # it was none the worse
+    size = server.studio.nets["2"].cfg.size
+    answer = request(server, "POST", "/open", {"picture": png(size + 1)[0]})[1]
+    assert f"{size} x {size}" in answer["error"]
+
+
+def test_at_most_four_pages(server, monkeypatch):
+    first = opened(server)
+    post_chunk(server, first, 0)
+    for _ in range(live.MAX_PAGES + 3):  # those that have sent nothing give way
+        last = request(server, "POST", "/open", {})[1]
+    assert len(server.studio.pages) == live.MAX_PAGES and first["page"] in server.studio.pages
+    for name in list(server.studio.pages):
+        post_chunk(server, {"page": name}, int(name == first["page"]))
+    status, answer = request(server, "POST", "/open", {})
+    assert status == 503 and "close one" in answer["error"]
+    assert request(server, "POST", "/open", {"page": last["page"]})[0] == 200  # in its own place
+    assert request(server, "POST", f"/close?page={first['page']}")[0] == 200
+    assert request(server, "POST", "/open", {})[0] == 200
+    monkeypatch.setattr(live, "IDLE_SECONDS", 0.0)
+    assert request(server, "POST", "/open", {})[0] == 200  # the longest unused one gives way
+    assert len(server.studio.pages) == live.MAX_PAGES
+
+
+def test_what_cannot_be_served(server, student_file):
+    with pytest.raises(runtime.UserError, match="--port .* try another"):
+        live.serve(live.Options(port=server.server_port, weights=str(student_file)))
+    with pytest.raises(runtime.UserError, match="where a teacher is needed"):
+        live.serve(live.Options(weights=str(student_file), teacher=str(student_file)))
+
+
+# ---- In a browser, by the bundled student ----
+
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --use-fake-device-for-media-stream"
+).split()
+# Keeps what is painted, as it is shown.
+WATCH = """() => {
+  window.frames_shown = []
+  const small = Object.assign(document.createElement("canvas"), {width: 128, height: 128})
+  const picture = document.getElementById("picture")
+  picture.addEventListener("frame", (event) => {
+    small.getContext("2d").drawImage(picture, 0, 0, 128, 128)
+    frames_shown.push({...event.detail, url: small.toDataURL("image/png")})
+  })
+}"""
+DROP = """([base64, type, name]) => {
+  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))
+  const dataTransfer = new DataTransfer()
+  dataTransfer.items.add(new File([bytes], name, {type}))
+  document.body.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true}))
+}"""
+
+
+@pytest.fixture(scope="module")
+def sentence(tmp_path_factory):
+    """A recorded sentence: its samples, and a file of it for the browser's microphone."""
+    audio, lips, _ = next(iter(bench.recorded_sentences()))
+    path = tmp_path_factory.mktemp("microphone") / "sentence.wav"
+    soundfile.write(path, np.pad(audio, (2 * data.RATE, 20 * data.RATE)), data.RATE)
+    return audio, lips, path
+
+
+@pytest.fixture(scope="module")
+def browser(sentence):
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    microphone = f"--use-file-for-fake-audio-capture={sentence[2]}%noloop"
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=[*FLAGS, microphone])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def bundled(browser):
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def tab(browser, bundled):
+    """A loaded page; a script's error on it fails the test."""
+    context = browser.new_context(permissions=["microphone"])
+    page = context.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(error))
+    page.goto(f"http://127.0.0.1:{bundled.server_port}/")
+    wait_for(page, "Ready")
+    page.evaluate(WATCH)
+    yield page
+    context.close()
+    assert not errors
+
+
+def wait_for(page, words, seconds=60):
+    page.wait_for_function(
+        "words => document.getElementById('status').textContent.includes(words)",
+        arg=words,
+        timeout=1000 * seconds,
+    )
+
+
+def wait_for_frames(page, n):
+    page.wait_for_function("n => frames_shown.length >= n", arg=n, timeout=60_000)
+
+
+def test_speaking_to_it(tab, bundled, sentence):
+    """The lips on the screen follow the voice at the microphone."""
+    audio, lips, _ = sentence
+    posted = []
+    tab.on(
+        "request",
+        lambda r: (
+            posted.append(np.frombuffer(r.post_data_buffer, "<f4")) if "/chunk" in r.url else 0
+        ),
+    )
+    tab.click("#microphone")
+    seconds = len(audio) / data.RATE + 4
+    wait_for_frames(tab, int(data.FPS * seconds))
+    tab.click("#microphone")
+    shown = tab.evaluate("frames_shown")
+    if "Too slow" in tab.inner_text("#status"):
+        pytest.skip("this machine is too slow for real time")
+    steps = np.diff([frame["captured"] for frame in shown])
+    assert np.median(steps) == pytest.approx(1 / data.FPS, abs=1e-3)
+    assert steps.min() > 0
+
+    # Where in what was posted does the sentence begin?
+    heard = np.concatenate(posted)
+    n = len(heard) + len(audio)
+    match = np.fft.irfft(np.fft.rfft(heard, n) * np.fft.rfft(audio, n).conj(), n)
+    begin = match.argmax() / data.RATE
+    assert begin < 3, "the browser has lost the sentence's start"
+
+    times = np.array([frame["captured"] for frame in shown]) - begin
+    inside = (times > 0) & (times < len(audio) / data.RATE - 0.1)
+    video = torch.cat([frames_of(frame["url"], 128) for frame in shown])
+    judge = syncnet.load_syncnet(syncnet.find_weights("judge"))
+    opening = bench.mouth_opening(judge, video)
+    asked = lips[(times[inside] * voices.LIPS_FPS).astype(int), 0]
+    assert np.corrcoef(opening[inside], asked)[0, 1] > 0.5
+    after = times > len(audio) / data.RATE + 0.5
+    assert opening[after].mean() < 0.5 * opening[inside].mean()  # shut in silence
+
+
+def test_a_text_is_said(tab):
+    tab.select_option("#voice", "de")
+    tab.fill("#text", "Guten Tag.")
+    tab.click("#say button")
+    wait_for(tab, "Speaking")
+    wait_for(tab, "Ready")
+    assert tab.evaluate("frames_shown.length") > 25
+    assert tab.locator("#guesses canvas").count() == 2
+    numbers = tab.inner_text("#numbers")
+    assert "step at t = 0.56" in numbers and "= the delay that you see" in numbers
+    tab.fill("#text", "...")
+    tab.click("#say button")
+    wait_for(tab, "nothing to say")
+
+
+def test_a_sound_file_and_a_picture_are_dropped(tab, sentence):
+    picture, _ = png(200)
+    tab.evaluate(DROP, [picture.partition(",")[2], "image/png", "face.png"])
+    wait_for(tab, "Drag the box")
+    sound = base64.b64encode(sentence[2].read_bytes()[: 3 * 32000]).decode()
+    tab.evaluate(DROP, [sound, "audio/wav", "sound.wav"])
+    wait_for_frames(tab, 12)
+    tab.evaluate(DROP, ["AAAA", "audio/wav", "broken.wav"])
+    wait_for(tab, "broken.wav: no sound")
+
+
+def test_the_microphone_is_refused(browser, bundled):
+    context = browser.new_context(permissions=[])
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{bundled.server_port}/")
+    wait_for(page, "Ready")
+    page.click("#microphone")
+    wait_for(page, "microphone was refused")
+    context.close()
+
+
+def test_reloads_leave_nothing_behind(tab, bundled):
+    for _ in range(20):
+        tab.reload()
+    wait_for(tab, "Ready")
+    assert len(bundled.studio.pages) <= live.MAX_PAGES
+    assert threading.active_count() < 20
+
+
+def test_the_server_has_gone(browser):
+    command = [sys.executable, "live.py", "--port", "0"]
+    process = subprocess.Popen(command, cwd=live.PAGE.parent, stdout=subprocess.PIPE, text=True)
+    address = process.stdout.readline().split()[0]
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(address)
+    wait_for(page, "Ready")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    page.click("#another")
+    wait_for(page, "The server does not answer")
+    context.close()
