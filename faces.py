@@ -57,17 +57,36 @@ def person(seed):
         hair = np.full(3, u(0.45, 0.8))  # grey
     lip = skin * np.array([0.86, 0.58, 0.58]) + np.array([u(0, 0.10), 0, u(0, 0.04)])
     return SimpleNamespace(
-        skin=skin, hair=hair.clip(0.02, 0.95), lip=lip,
-        eye=np.array([u(0.1, 0.4), u(0.15, 0.5), u(0.1, 0.6)]), back=u(0.1, 0.9, (2, 3)),
-        cloth=u(0.05, 0.8, 3), width=u(0.66, 0.78), height=u(0.82, 0.9), chin=u(1.9, 2.6),
-        eye_y=u(-0.33, -0.24), eye_x=u(0.27, 0.33), eye_r=u(0.1, 0.13), brow=u(0.02, 0.045),
-        nose=u(0.07, 0.11), mouth_y=u(0.45, 0.53), mouth_w=u(0.3, 0.38),
-        lip_up=u(0.035, 0.065), lip_low=u(0.05, 0.085), hairline=u(-0.72, -0.5),
-        long=u() < 0.4, beard=u(0.25, 0.8) if u() < 0.3 else 0.0, beard_y=u(0.15, 0.45),
-        glasses=u() < 0.22, light=rng.normal(0, 1, 2) * 0.12, gloss=u(0.0, 0.1),
-        strength=u(0.65, 1.25), tilt=rng.normal(0, 0.05), smile=rng.normal(0.01, 0.025),
-        show=u(0.5, 1.3),
-    )  # fmt: skip
+        skin=skin,
+        hair=hair.clip(0.02, 0.95),
+        lip=lip,
+        eye=np.array([u(0.1, 0.4), u(0.15, 0.5), u(0.1, 0.6)]),
+        back=u(0.1, 0.9, (2, 3)),  # the background's two colours
+        cloth=u(0.05, 0.8, 3),
+        width=u(0.66, 0.78),
+        height=u(0.82, 0.9),
+        chin=u(1.9, 2.6),  # 2: round; more: square
+        eye_y=u(-0.33, -0.24),
+        eye_x=u(0.27, 0.33),
+        eye_r=u(0.1, 0.13),
+        brow=u(0.02, 0.045),
+        nose=u(0.07, 0.11),
+        mouth_y=u(0.45, 0.53),
+        mouth_w=u(0.3, 0.38),
+        lip_up=u(0.035, 0.065),
+        lip_low=u(0.05, 0.085),
+        hairline=u(-0.72, -0.5),
+        long=u() < 0.4,  # long hair
+        beard=u(0.25, 0.8) if u() < 0.3 else 0.0,
+        beard_y=u(0.15, 0.45),
+        glasses=u() < 0.22,
+        light=rng.normal(0, 1, 2) * 0.12,
+        gloss=u(0.0, 0.1),
+        strength=u(0.65, 1.25),  # how far the mouth opens
+        tilt=rng.normal(0, 0.05),  # of the mouth
+        smile=rng.normal(0.01, 0.025),
+        show=u(0.5, 1.3),  # how much of the teeth shows
+    )
 
 
 def ellipse(x, y, rx, ry):
@@ -83,15 +102,18 @@ class Painter:
         self.k = size / 2 * ZOOM  # pixels a unit
         self.inside = (mouth_mask(size).to(device) > 0).float()
         axis = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
-        self.px, self.py = axis / ZOOM, axis[:, None] / ZOOM + LIFT
+        self.px = axis / ZOOM
+        self.py = axis[:, None] / ZOOM + LIFT
         self.image = self.tracks(*p.back[0])[:, None].repeat(1, len(opening), size, size)
         self.rows = slice(None)  # that are being painted
         roll, scale, dx, dy, self.yaw, pitch, self.opening = self.tracks(*pose, opening)
-        dx, dy = self.px - dx, self.py - dy
+        dx = self.px - dx
+        dy = self.py - dy
         # Each pixel's place, (T, S, S): x, y on the head; u, v on the face, which turns.
         self.x = (dx * roll.cos() + dy * roll.sin()) / scale
         self.y = (dy * roll.cos() - dx * roll.sin()) / scale
-        self.u, self.v = self.x - self.yaw, self.y - pitch
+        self.u = self.x - self.yaw
+        self.v = self.y - pitch
 
     def tracks(self, *tracks):
         """Each track (T,) as (T, 1, 1) on the device, to which they travel together."""
@@ -108,7 +130,9 @@ class Painter:
 
     def behind_the_face(self):
         """The background's second colour, long hair, shoulders, neck and hair."""
-        p, x, y = self.p, self.x, self.y
+        p = self.p
+        x = self.x
+        y = self.y
         slope = ((self.py + 0.6 * self.px) * 0.35 + 0.5).clamp(0, 1)[None]
         self.paint(slope, p.back[1])
         if p.long:
@@ -121,8 +145,11 @@ class Painter:
 
     def face(self, noise):
         """Skin, beard and fringe. noise (48, 48): unevenness of the skin, fine and coarse."""
-        p, light = self.p, self.p.light
-        x, y, u, v = self.x, self.y, self.u, self.v
+        p = self.p
+        x = self.x
+        y = self.y
+        u = self.u
+        v = self.v
         # The jaw: below the nose the face is stretched down as the mouth opens.
         jaw = ((y - 0.2) * 1.6).clamp(0, 1) * (1 - (u / 0.44) ** 2).clamp(min=0)
         jaw = y - 0.08 * self.inside * self.opening * jaw
@@ -134,7 +161,7 @@ class Painter:
         low = (jaw / p.height).clamp(min=0) ** p.chin
         high = (y / (p.height * 0.95)).clamp(max=0) ** 2
         edge = ((x / p.width).abs() ** p.chin + low + high) ** (1 / p.chin)  # 1: the edge
-        shade = 1 + light[0] * u * 1.3 + light[1] * v
+        shade = 1 + p.light[0] * u * 1.3 + p.light[1] * v
         shade = shade - 0.22 * edge.clamp(0, 1) ** 4 + 0.018 * noise
         fold = (u.abs() - p.mouth_w - 0.12 + 0.2 * (v - 0.4)) / 0.035  # from nose to chin
         self.shade = shade - 0.10 * torch.exp(-(fold**2) - ((v - 0.3) / 0.16) ** 2)
@@ -144,14 +171,18 @@ class Painter:
             beard = jaw - p.beard_y + 0.9 * (x.abs() - 0.45).clamp(max=0) + 0.02 * noise
             beard = (0.5 + beard * 9).clamp(0, 1) * p.beard * (1 + 0.12 * noise)
             self.paint(alpha * beard.clamp(0, 1), p.hair * 0.8, shade=self.shade)
-        fringe = y - p.hairline - 0.10 * torch.sin(2.2 * u + light[0] * 20) - 0.03 * noise
+        fringe = y - p.hairline - 0.10 * torch.sin(2.2 * u + p.light[0] * 20) - 0.03 * noise
         self.paint(alpha * self.cover(fringe / 2), p.hair, shade=1 + 0.08 * noise)
 
     def eyes_and_nose(self, blink, gaze):
         """blink (T,) in 0..1: how shut the eyes are; gaze (T,): shift of the pupils."""
-        p, r = self.p, self.p.eye_r
-        self.rows = rows = slice(0, int(len(self.inside) * 0.66))  # the others need no work
-        u, v, shade = self.u[:, rows], self.v[:, rows], self.shade[:, rows]
+        p = self.p
+        r = p.eye_r
+        rows = slice(0, int(len(self.inside) * 0.66))  # the others need no work
+        self.rows = rows
+        u = self.u[:, rows]
+        v = self.v[:, rows]
+        shade = self.shade[:, rows]
         lid, gaze = self.tracks(r * 0.62 * (1 - 0.92 * blink), gaze)
         y = v - p.eye_y
         for side in (-1, 1):
@@ -178,19 +209,23 @@ class Painter:
     def mouth(self, *tracks):
         """Lips, teeth and tongue from the tracks (T,) that render_clip makes."""
         p = self.p
-        self.rows = rows = slice(len(self.inside) // 2, None)
-        shade, inside = self.shade[:, rows], self.inside[rows]
+        rows = slice(len(self.inside) // 2, None)
+        self.rows = rows
+        shade = self.shade[:, rows]
+        inside = self.inside[rows]
         half, rounding, teeth, tongue, aside, slant, smile = self.tracks(*tracks)
         gap = 0.31 * self.opening  # height of the inner opening, from -lower to lower
         u = self.u[:, rows] - aside
         w = (u / half).clamp(-1, 1)  # -1 and 1 at the corners
-        bend, circle = 1 - w * w, (1 - w * w).sqrt()
+        bend = 1 - w * w
+        circle = bend.sqrt()
         y = self.v[:, rows] - p.mouth_y - 0.25 * gap  # the lower lip moves more than the upper
         y = y - (p.tilt + slant) * u - (p.smile + smile) * (1 - 2 * w * w)
         lower = 0.5 * gap * torch.lerp(bend, circle, 0.25 + 0.75 * rounding.clamp(0, 1))
         full = (1 + 0.25 * rounding) * circle
         bow = 1 - 0.30 * torch.exp(-((w / 0.16) ** 2))  # the dip in the middle of the upper lip
-        top, bottom = -lower - p.lip_up * full * bow, lower + p.lip_low * full
+        top = -lower - p.lip_up * full * bow
+        bottom = lower + p.lip_low * full
         shadow = torch.exp(-(((y - bottom - 0.05) / 0.03) ** 2)) * circle * 0.22
         self.paint(shadow * inside, p.skin * 0.55, shade)
         inside = inside * self.cover(u.abs() - half)
