@@ -146,7 +146,7 @@ def read_video(path):
 
     ffmpeg drops or repeats frames by their time stamps, so that other rates, such as 29.97, do not
     drift. Pixels become square, and HDR becomes SDR. Colours without a tag are taken for bt709 from
-    720 rows on and else for bt601, as players do."""
+    720 rows on and else for bt601, as players do. What is transparent is laid over black."""
     picture = track(path, "picture")
     if re.search("(top|bottom)( coded)? first", picture.about):
         warn(f"{path}: interlaced, and the combs stay; deinterlace it first (ffmpeg -vf yadif)")
@@ -159,6 +159,8 @@ def read_video(path):
         look = f"zscale=primaries=bt709:transfer=bt709:npl=203,format=gbrp,{look}"
     elif rows >= 720 and not tagged:
         look += ":in_color_matrix=bt709"
+    if re.search(", (rgba|bgra|argb|abgr|gbrap|yuva|ayuv|vuya|ya8|ya16|pal8)", picture.about):
+        look += ",format=gbrap,premultiply=inplace=1"
     frames = ["-vf", f"fps={FPS}:start_time=0,{look}", "-pix_fmt", "rgb24"]
     frames += ["-c:v", "ppm", "-f", "image2pipe", "-"]
     command = ffmpeg(*picture.source, *picture.select, *frames, *ALL_TRACKS)

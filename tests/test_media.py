@@ -10,6 +10,7 @@ import time
 import zipfile
 
 import imageio_ffmpeg
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -254,6 +255,27 @@ def test_the_reason_comes_first(base, tmp_path):
         (tmp_path / "a.mp4").chmod(0)
         with pytest.raises(runtime.UserError, match="Permission denied"):
             media.Sound(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    "name, coding",
+    [
+        ("a.png", ""),
+        ("a.mov", "-c:v qtrle"),
+        ("b.mov", "-c:v prores_ks -pix_fmt yuva444p10le"),
+        ("a.mkv", "-c:v ffv1 -pix_fmt yuva420p"),
+    ],
+)
+def test_what_is_transparent_is_black(name, coding, tmp_path):
+    picture = np.full((32, 48, 4), [200, 100, 40, 255], np.uint8)
+    picture[:, 16:32, 3] = 128
+    picture[:, 32:, 3] = 0
+    matplotlib.image.imsave(tmp_path / "a.png", picture)
+    if coding:
+        ffmpeg("-i", tmp_path / "a.png", coding, tmp_path / name)
+    frame = next(media.read_video(tmp_path / name)).int()
+    expected = torch.tensor([[200, 100, 40], [100, 50, 20], [0, 0, 0]])
+    assert (frame[16, 8::16] - expected).abs().max() <= 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
