@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from data import FPS, RATE
 from runtime import UserError, free_space, need_file
 
+FFMPEG = 9  # the oldest version that the tests pass with
 # A second output that throws everything away. While all tracks are in use, time 0 of each is the
 # file's. Otherwise MPEG-TS starts each track at its own time 0, and sound and picture part.
 ALL_TRACKS = ["-map", "0:v?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
@@ -42,16 +44,42 @@ def warn(line):
 
 
 def ffmpeg(*words):
-    """The command line of ffmpeg with these arguments."""
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-hide_banner", "-nostdin", *words]
+    """The command line of ffmpeg with these arguments. UserError: there is none that runs."""
+    try:
+        path = imageio_ffmpeg.get_ffmpeg_exe()
+        try_out(path)
+    except (RuntimeError, OSError) as e:
+        cure = "pip install -U imageio-ffmpeg brings one, if IMAGEIO_FFMPEG_EXE is not set"
+        raise UserError(f"no ffmpeg could be run ({e}); {cure}") from None
+    return [path, "-v", "error", "-hide_banner", "-nostdin", *words]
 
 
-def reason(complaint):
-    """The first line of what ffmpeg complains of (bytes), without the part of it that complains."""
+@functools.cache
+def try_out(path):
+    """Run an ffmpeg once before it is used. A line on stderr says if it is too old; a build between
+    two releases has no version, and passes. RuntimeError, OSError: it does not run, or is none."""
+    done = subprocess.run([path, "-version"], capture_output=True)
+    if done.returncode:
+        raise RuntimeError(reason(path, done.returncode, done.stderr))
+    if b"ffmpeg version" not in done.stdout:
+        raise RuntimeError(f"{path} is none")
+    version = re.search(rb"ffmpeg version n?((\d+)\.[\d.]+)", done.stdout)
+    if version and int(version[2]) < FFMPEG:
+        old = f"{path} is ffmpeg {version[1].decode()}, older than {FFMPEG}"
+        warn(f"{old}: times and colours may be off; pip install -U imageio-ffmpeg")
+
+
+def reason(path, code, complaint):
+    """Why this ffmpeg gave up, by its exit code and what it wrote on stderr (bytes): the first line
+    of that, without the part of ffmpeg that complains."""
+    if code < 0:
+        return f"{path} was ended by signal {-code}, {signal.strsignal(-code)}"
     text = re.sub(rb"^(\[.*?\] )+", b"", complaint).decode(errors="replace").strip()
-    if not text:
-        return "it is empty"
-    return text.splitlines()[0]
+    if text:
+        return text.splitlines()[0]
+    if code:
+        return f"{path} ended with exit code {code}"
+    return "it is empty"
 
 
 @contextlib.contextmanager
@@ -65,9 +93,10 @@ def running(failure, command, **pipes):
         try:
             yield process
         except (EOFError, BrokenPipeError):
-            process.communicate()
+            process.wait()
             complaint.seek(0)
-            raise UserError(f"{failure} ({reason(complaint.read())})") from None
+            why = reason(command[0], process.returncode, complaint.read())
+            raise UserError(f"{failure} ({why})") from None
         finally:
             process.kill()
             process.communicate()
@@ -88,16 +117,18 @@ def track(path, kind):
     need_file(path)
     source = ["-i", f"file:{path}"]  # without "file:", a:b.mp4 is taken for an address
     command = ffmpeg("-v", "info", *source, *ALL_TRACKS)
-    report = subprocess.run(command, capture_output=True).stderr
-    text = report.decode(errors="replace")
+    done = subprocess.run(command, capture_output=True)
+    text = done.stderr.decode(errors="replace")
+    if "Input #0" not in text or done.returncode < 0:
+        why = reason(command[0], done.returncode, done.stderr)
+        raise UserError(f"{path}: no {kind} could be read ({why})")
     about_input = text.partition("Output #0")[0]
     word = "Video" if kind == "picture" else "Audio"
     tracks = re.findall(rf"(?m)^ +Stream #(0:\d+).*?: {word}: (.*)", about_input)
     # The cover of an album is a picture, but no video.
     tracks = [(number, about) for number, about in tracks if "attached pic" not in about]
     if not tracks:
-        why = "it has none" if "Input #0" in text else reason(report)
-        raise UserError(f"{path}: no {kind} could be read ({why})")
+        raise UserError(f"{path}: no {kind} could be read (it has none)")
     defaults = [(number, about) for number, about in tracks if "(default)" in about]
     number, about = (defaults or tracks)[0]
     if len(tracks) > 1:
@@ -128,7 +159,8 @@ class Sound:
         command = ffmpeg(*self.track.source, *self.track.select, *mono, *ALL_TRACKS)
         done = subprocess.run(command, capture_output=True)
         if done.returncode or not done.stdout:
-            raise UserError(f"{path}: no sound could be read ({reason(done.stderr)})")
+            why = reason(command[0], done.returncode, done.stderr)
+            raise UserError(f"{path}: no sound could be read ({why})")
         self.samples = np.frombuffer(done.stdout, np.float32).copy()  # bytes cannot be written to
         if not np.isfinite(self.samples).all():
             raise UserError(f"{path}: some samples are NaN or infinite; export it again as 16-bit")
@@ -174,7 +206,7 @@ def read_video(path):
             frame = torch.empty(height, width, 3, dtype=torch.uint8)
             if reader.stdout.readinto(frame.numpy()) == frame.numel():
                 yield frame
-        if frame is None:
+        if frame is None or reader.wait():
             raise EOFError
 
 
@@ -239,6 +271,7 @@ def recorded(folder, size, frames):
     UserError: no mp4 is long enough."""
     samples = frames * RATE // FPS
     in_all = 0
+    ffmpeg()  # without one, every file would be left out
     for path in mp4s(folder):
         try:
             audio = Sound(path)

@@ -257,6 +257,16 @@ def test_the_reason_comes_first(base, tmp_path):
             media.Sound(tmp_path / "a.mp4")
 
 
+def test_a_picture_of_which_nothing_can_be_decoded(tmp_path):
+    path = tmp_path / "a.mp4"
+    ffmpeg("-f lavfi -i testsrc2=s=64x64:r=25:d=1 -c:v libx264", path)
+    data, start = path.read_bytes(), path.read_bytes().index(b"mdat") + 4
+    size = data.index(b"moov") - 4 - start
+    path.write_bytes(data[:start] + bytes(size) + data[start + size :])
+    with pytest.raises(runtime.UserError, match="a.mp4: no picture could be read"):
+        list(media.read_video(path))
+
+
 @pytest.mark.parametrize(
     "name, coding",
     [
@@ -276,6 +286,79 @@ def test_what_is_transparent_is_black(name, coding, tmp_path):
     frame = next(media.read_video(tmp_path / name)).int()
     expected = torch.tensor([[200, 100, 40], [100, 50, 20], [0, 0, 0]])
     assert (frame[16, 8::16] - expected).abs().max() <= 2
+
+
+@pytest.fixture
+def other_ffmpeg(tmp_path, monkeypatch):
+    """other_ffmpeg(script) puts a shell script into ffmpeg's place; in it, $FFMPEG is ffmpeg."""
+
+    def put(script):
+        monkeypatch.setenv("FFMPEG", imageio_ffmpeg.get_ffmpeg_exe())
+        path = tmp_path / "other"
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "script, why",
+    [
+        ("kill -9 $$", "/other was ended by signal 9, Killed"),
+        ("exit 3", "/other ended with exit code 3"),
+        ("echo no library >&2; exit 127", "no library"),
+        ("echo hello", "/other is none"),
+    ],
+)
+def test_an_ffmpeg_that_does_not_run_is_said_with_the_cure(script, why, base, other_ffmpeg):
+    other_ffmpeg(script)
+    for read in (media.Sound, lambda path: list(media.recorded(path.parent, 32, 24))):
+        with pytest.raises(runtime.UserError, match=rf"no ffmpeg .*{why}\); pip install -U"):
+            read(base)
+
+
+def test_no_ffmpeg_at_all(base, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/ffmpeg")
+    with pytest.raises(runtime.UserError, match="no ffmpeg .*'/no/ffmpeg'.; pip install -U"):
+        media.Sound(base)
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    monkeypatch.setattr(imageio_ffmpeg._utils, "_get_ffmpeg_exe", lambda: None)
+    with pytest.raises(runtime.UserError, match="no ffmpeg .*found.*; pip install -U"):
+        media.Sound(base)
+
+
+@pytest.mark.parametrize("job", ["-v info", "f32le", "image2pipe", "libx264"])
+def test_an_ffmpeg_that_is_killed_at_work_is_said(job, base, other_ffmpeg, tmp_path):
+    """Even when it has told or made something before: it is no empty file, nor a short one."""
+    killed = '"$FFMPEG" "$@" | head -c 9000; kill -9 $$'
+    other_ffmpeg(f'case "$*" in *"{job}"*) {killed};; esac; exec "$FFMPEG" "$@"')
+    with pytest.raises(runtime.UserError, match=r"\(/.*/other was ended by signal 9, Killed\)"):
+        with media.write_video(tmp_path / "a.mp4", (32, 32), media.Sound(base)) as put:
+            list(map(put, media.read_video(base)))
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    "version, old",
+    [
+        ("4.2.2-static https://johnvansickle.com/ffmpeg/", True),
+        ("5.1.9-0+deb12u1", True),
+        ("n7.1.2-3-g0a1b2c3d4e", True),
+        ("9.0", False),
+        ("n9.0.2-17-g2a571b6068-20260930", False),
+        ("10.1-tessus", False),
+        ("N-12345-g0a1b2c3d4e", False),
+        ("2026-10-02-git-358fdf3083-full_build-www.gyan.dev", False),
+    ],
+)
+def test_an_old_ffmpeg_is_said_once(version, old, base, other_ffmpeg, capsys):
+    other_ffmpeg(f'case $1 in -version) echo "ffmpeg version {version} Copyright"; exit;; esac')
+    for _ in range(2):
+        media.ffmpeg()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == old
+    assert not old or "older than 9" in said[0] and "pip install -U" in said[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
