@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from data import FPS, RATE
-from runtime import UserError, free_space, need_file
+from runtime import UserError, free_space, need_file, written_file
 
 FFMPEG = 9  # the oldest version that the tests pass with
 # A second output that throws everything away. While all tracks are in use, time 0 of each is the
@@ -216,13 +216,14 @@ def write_video(path, size, audio=None):
     frames (H, W, 3) uint8; audio: samples at 16 kHz, or a Sound, whose file is read again, so that
     its rate and channels are kept.
 
-    The video is written beside `path` and renamed when it is whole. An odd side gets one more row
-    or column, black, since players want H.264 to have even ones."""
+    The video is written beside the file that `path` names and renamed when it is whole. An odd side
+    gets one more row or column, black, since players want H.264 to have even ones."""
     path = Path(path)
     if path.suffix.lower() not in (".mp4", ".mov", ".mkv") or path.is_dir():
         raise UserError(f"{path}: write to a file whose name ends in .mp4")
-    free_space(path.parent)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+    final = written_file(path)
+    free_space(final.parent)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=final.parent) as folder:
         if isinstance(audio, np.ndarray):
             soundfile.write(f"{folder}/sound.wav", audio, RATE)
             audio = Sound(f"{folder}/sound.wav")
@@ -254,7 +255,7 @@ def write_video(path, size, audio=None):
             next(
                 read_video(partial)
             )  # UserError if ffmpeg could not finish it, for want of room say
-        os.replace(partial, path)
+        os.replace(partial, final)
 
 
 def mp4s(folder):

@@ -287,6 +287,14 @@ def need_file(path):
         raise UserError(f"{path}: {what}")
 
 
+def written_file(path):
+    """The file that is replaced when `path` is written: if that is a link, what it points to.
+    UserError: a folder or a device is there."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: not a file; choose another name")
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
 def free_space(folder, need=64 << 20, instead="choose another --out"):
     """Make `folder`; UserError unless it can be written and has `need` bytes free."""
     try:
@@ -303,14 +311,15 @@ def free_space(folder, need=64 << 20, instead="choose another --out"):
 
 def save(path, net=None, /, **state):  # a state may hold another `net`
     """torch.save beside `path`, then rename: never half a file. Weights of `net` in float16."""
-    free_space(Path(path).parent)
+    final = written_file(path)
+    free_space(final.parent)
     if net:
         # bf16, eight times as coarse, rounds away most of what DMD in float32 has moved.
         state["model"] = {name: value.half() for name, value in net.state_dict().items()}
-    partial = Path(f"{path}.writing")
+    partial = Path(f"{final}.writing")
     try:
         torch.save(state, partial)
-        os.replace(partial, path)
+        os.replace(partial, final)
     except (OSError, RuntimeError) as e:
         raise UserError(
             f"{path}: could not be saved ({str(e).splitlines()[0]}); make room"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import sys
 
 import numpy as np
@@ -30,6 +31,7 @@ def files(tmp_path_factory, student_file, expert_file):
     soundfile.write(d / "nan.wav", np.full(16000, np.nan), data.RATE, subtype="FLOAT")
     (d / "broken.mp4").write_bytes((d / "good.mp4").read_bytes()[:900])
     (d / "dir.mp4").mkdir()
+    os.mkfifo(d / "pipe.mp4")
     (d / "text.pt").write_text("not a checkpoint")
     torch.save(dict(model={}), d / "other.pt")
     student = torch.load(student_file, weights_only=True)
@@ -50,6 +52,7 @@ sample --video good.mp4 --audio nan.wav --out out --weights student: NaN
 sample --video good.mp4 --out good.mp4 --weights student: choose another name
 sample --video good.mp4 --out empty.wav --weights student: ends in .mp4
 sample --video good.mp4 --out dir.mp4 --weights student: write to a file
+sample --video good.mp4 --out pipe.mp4 --weights student: not a file
 sample --video good.mp4 --out out --weights student --box 10,10,40: not inside the picture
 sample --video good.mp4 --out out --weights missing: no such file
 sample --video good.mp4 --out out --weights folder: name a file in it
@@ -101,6 +104,20 @@ def test_too_little_disk(tmp_path, monkeypatch):
     with pytest.raises(runtime.UserError, match="0 MB free"):
         runtime.save(tmp_path / "x.pt")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("a.mp4", "a.pt"):
+        (tmp_path / name).symlink_to(f"there/{name}")
+    for _ in range(2):  # what it points to is missing, then there
+        with media.write_video(tmp_path / "a.mp4", (32, 32)) as put:
+            put(np.zeros((32, 32, 3), np.uint8))
+        runtime.save(tmp_path / "a.pt", kind="x")
+    assert (tmp_path / "a.mp4").is_symlink() and (tmp_path / "a.pt").is_symlink()
+    assert len(list(media.read_video(tmp_path / "there/a.mp4"))) == 1
+    assert runtime.load(tmp_path / "there/a.pt", "x")
+    assert len(list(tmp_path.rglob("*"))) == 5
 
 
 def test_a_batch_is_shared_by_all_processes(cfg, monkeypatch):
