@@ -225,7 +225,7 @@ def write_video(path, size, audio=None):
     free_space(final.parent)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=final.parent) as folder:
         if isinstance(audio, np.ndarray):
-            soundfile.write(f"{folder}/sound.wav", audio, RATE)
+            soundfile.write(os.fsencode(f"{folder}/sound.wav"), audio, RATE)
             audio = Sound(f"{folder}/sound.wav")
         partial = Path(folder) / path.name
         width, height = size

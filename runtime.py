@@ -83,6 +83,8 @@ def stop(number, frame):
 
 def run(main):
     """Run a script's main: a UserError is one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # neither closed nor a notebook's
+        sys.stdout.reconfigure(errors="replace")  # what it cannot show, such as ± in ASCII, is ?
     for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, stop)

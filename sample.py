@@ -449,6 +449,8 @@ def dub_file(net, cfg, audio):
             yield square(frame, net.cfg.size, box)
 
     if cfg.out == "-":
+        if not hasattr(sys.stdout, "buffer"):
+            raise UserError("--out -: standard output takes no bytes here; name a file")
         messages = sys.stderr
         output = contextlib.nullcontext(sys.stdout.buffer.write)
     else:

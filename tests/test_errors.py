@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -118,6 +119,13 @@ def test_a_link_is_written_through(tmp_path):
     assert len(list(media.read_video(tmp_path / "there/a.mp4"))) == 1
     assert runtime.load(tmp_path / "there/a.pt", "x")
     assert len(list(tmp_path.rglob("*"))) == 5
+
+
+def test_output_that_cannot_show_a_sign_shows_another(tmp_path):
+    code = "import runtime; runtime.run(lambda argv: print('1 ± 2, ü \\udcfc.mp4'))"
+    environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONPATH=str(runtime.BUNDLED.parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"1 ? 2, ? ?.mp4\n", b"")
 
 
 def test_a_batch_is_shared_by_all_processes(cfg, monkeypatch):

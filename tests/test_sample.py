@@ -2,6 +2,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import io
 import subprocess
 import sys
 
@@ -201,6 +202,19 @@ def test_the_soft_mask_blends_once(tiny):
     assert torch.equal(hard, (255 * (soft == 0)).to(torch.uint8).expand_as(hard))
     pasted = paste_box(white[0, 0], hard[0, 0], (0, 0, 32), soft)
     assert (pasted - 255 * (1 - soft)).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("stdout", [io.StringIO(), None])
+def test_standard_output_that_takes_no_bytes(stdout, tmp_path, student_file, monkeypatch):
+    """A notebook's, or a closed one: it is not needed for a file."""
+    with media.write_video(tmp_path / "a.mp4", (32, 32), np.zeros(640 * 4, np.float32)) as put:
+        list(map(put, np.zeros((4, 32, 32, 3), np.uint8)))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    words = f"--video {tmp_path}/a.mp4 --weights {student_file} --out".split()
+    sample.main([*words, f"{tmp_path}/b.mp4"])
+    assert len(list(media.read_video(tmp_path / "b.mp4"))) >= 4
+    with pytest.raises(runtime.UserError, match="standard output takes no bytes"):
+        sample.main([*words, "-"])
 
 
 def test_a_drawn_person_says_a_sound_file_or_a_text(tmp_path, student_file, capsys):
