@@ -51,6 +51,7 @@ from syncnet import find_weights
 
 SHIFT = 5.0  # of the time grid (paper: 5)
 STEPS = 50  # of the teacher's grid (paper: 50)
+LOUDEST = 100  # sample of a sound: more was not scaled to -1..1
 FACE_SECONDS = 8  # of a drawn person, played back and forth
 FACE_SCALE = 3  # of the picture that he is shown in
 # How far a token's first frame leans to the one before it: inside a chunk, and at its start.
@@ -269,7 +270,13 @@ def chunk_mel(audio, c, cfg):
     first = frames * c - margin
     last = frames * (c + 1) + margin
     end = frames * (c + 1) * samples + HOP * AUDIO_AHEAD + MEL_REACH
-    part = np.asarray(audio[max(0, first * samples) : end], dtype=np.float32)
+    part = np.asarray(audio[max(0, first * samples) : end])
+    if part.ndim != 1 or part.dtype.kind != "f":
+        what = f"{part.dtype} sound of {part.shape}"
+        raise UserError(f"{what} where the model needs float32 (n,), one channel in -1..1")
+    if not np.abs(part).max(initial=0) < LOUDEST:  # nor if one is NaN
+        raise UserError("sound with NaN, or far louder than 1, where the model needs -1..1")
+    part = part.astype(np.float32)
     before = max(0, -first * samples)  # of the file's start
     part = np.pad(part, (before, (last - first) * samples - before - len(part)))
     mel = data.log_mel(part)[None]

@@ -107,6 +107,26 @@ def test_a_stream_of_any_length(tiny):
             list(sample.stream(tiny, frames, clip.audio))
 
 
+def test_a_stream_hears_one_channel_in_floats(tiny):
+    clip = render_clip(15, 24, 32)
+    audio = clip.audio
+    expected = torch.cat(list(sample.stream(tiny, clip.video, audio)))
+    for same in (audio.astype(np.float64), torch.from_numpy(audio)):
+        assert torch.equal(torch.cat(list(sample.stream(tiny, clip.video, same))), expected)
+    hole = audio.copy()
+    hole[9000] = np.nan
+    wrong = {
+        "int16 sound": (32767 * audio).astype(np.int16),
+        r"sound of \(9720, 2\)": np.stack([audio, audio], 1),
+        r"sound of \(2, 15360\)": np.stack([audio, audio]),
+        "sound with NaN": hole,
+        "far louder than 1": 32767 * audio,
+    }
+    for said, sound in wrong.items():
+        with pytest.raises(runtime.UserError, match=f"{said}.* where the model needs"):
+            list(sample.stream(tiny, clip.video, sound))
+
+
 def test_first_frames_lean_towards_the_ones_before():
     """By hand: token l shows 10 l everywhere. Only its first frame moves, and only in the mask;
     joined chunk by chunk is joined whole."""
