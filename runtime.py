@@ -40,6 +40,8 @@ class UserError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        if "expected one argument" in message:
+            message += " (one that begins with - is given after =, as in --box=-1,0,64)"
         raise UserError(f"{message}; --help lists the options")
 
 
@@ -115,7 +117,7 @@ def find_device(name="", dtype=""):
         else:
             name = "cpu"
     try:
-        device = torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name.lower()).device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
     if device.type == "cuda":
@@ -286,6 +288,8 @@ def update_ema(ema, net, step):
 def need_file(path):
     if not os.path.isfile(path):
         what = "a folder; name a file in it" if os.path.isdir(path) else "no such file"
+        if "://" in str(path):
+            what = "an address; only files of this computer are read, so download it first"
         raise UserError(f"{path}: {what}")
 
 

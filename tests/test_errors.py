@@ -54,7 +54,11 @@ sample --video good.mp4 --out good.mp4 --weights student: choose another name
 sample --video good.mp4 --out empty.wav --weights student: ends in .mp4
 sample --video good.mp4 --out dir.mp4 --weights student: write to a file
 sample --video good.mp4 --out pipe.mp4 --weights student: not a file
+sample --video https://host/a.mp4 --out out --weights student: download it first
+sample --video good.mp4 --audio https://host/a.wav --out out --weights student: download it first
 sample --video good.mp4 --out out --weights student --box 10,10,40: not inside the picture
+sample --video good.mp4 --out out --weights student --box -1,0,32: as in --box=-1,0,64
+sample --video good.mp4 --out out --weights student --box=-1,0,32: not inside the picture
 sample --video good.mp4 --out out --weights missing: no such file
 sample --video good.mp4 --out out --weights folder: name a file in it
 sample --video good.mp4 --out out --weights text.pt: no checkpoint of this project
@@ -126,6 +130,10 @@ def test_output_that_cannot_show_a_sign_shows_another(tmp_path):
     environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONPATH=str(runtime.BUNDLED.parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"1 ? 2, ? ?.mp4\n", b"")
+
+
+def test_a_device_may_be_written_in_capitals():
+    assert runtime.find_device("CPU").type == "cpu"
 
 
 def test_a_batch_is_shared_by_all_processes(cfg, monkeypatch):
