@@ -5,6 +5,7 @@ import importlib
 import io
 import subprocess
 import sys
+import types
 
 import imageio_ffmpeg
 import numpy as np
@@ -222,6 +223,23 @@ def test_the_soft_mask_blends_once(tiny):
     assert torch.equal(hard, (255 * (soft == 0)).to(torch.uint8).expand_as(hard))
     pasted = paste_box(white[0, 0], hard[0, 0], (0, 0, 32), soft)
     assert (pasted - 255 * (1 - soft)).abs().max() <= 0.51
+
+
+def test_a_dubbed_file_is_blended_once(tmp_path, student_file, monkeypatch):
+    """By hand: a student that paints black, and a white recording."""
+
+    def black(net, cond, cache, noise):
+        return (1 - 2 * net.mask).expand(1, net.cfg.chunk, -1, -1)
+
+    with media.write_video(tmp_path / "a.mp4", (32, 32), np.zeros(640 * 12, np.float32)) as put:
+        list(map(put, np.full((12, 32, 32, 3), 255, np.uint8)))
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(buffer=shown))
+    monkeypatch.setattr(sample, "denoise_chunk", black)
+    sample.main(f"--video {tmp_path}/a.mp4 --out - --weights {student_file}".split())
+    frames = np.frombuffer(shown.getvalue(), np.uint8).reshape(-1, 32, 32, 3)
+    once = 255 * (1 - mouth_mask(32)[:, :, None].numpy())
+    assert len(frames) >= 12 and np.abs(frames - once).max() <= 2
 
 
 @pytest.mark.parametrize("stdout", [io.StringIO(), None])
