@@ -69,7 +69,7 @@ PAPER = {  # Sync-C and FVD of the same change there
 @dataclasses.dataclass
 class Options(CommonOptions):
     only: str = opt("", "rows of ablate: those that hold one of these words, a comma between")
-    seeds: int = opt(3, "trainings of each row of ablate")
+    seeds: int = opt(3, "trainings of each row of ablate", most=100)
 
 
 class Windows:

@@ -70,13 +70,15 @@ class CommonOptions:
     device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
     seed: int = opt(0, "the number that random choices are drawn from", least=0)
-    clips: int = opt(0, "number of people; each command has its own if not given", least=2)
+    clips: int = opt(
+        0, "number of people; each command has its own if not given", least=2, most=SPEAKERS
+    )
 
 
 @dataclasses.dataclass
 class Options(CommonOptions):
-    rounds: int = opt(5, "times that speed measures each row, taking turns")
-    seconds: int = opt(180, "seconds of each stream that long measures", least=20)
+    rounds: int = opt(5, "times that speed measures each row, taking turns", most=1000)
+    seconds: int = opt(180, "seconds of each stream that long measures", least=20, most=3600)
 
 
 def checkpoint(cfg, name):

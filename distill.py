@@ -81,17 +81,32 @@ class Config(model.Config):
     seed: int = opt(0, "the number that weights, noise and batches are drawn from", least=0)
 
     # Data.
-    clips: int = opt(700, "training clips in memory; more people make a better network")
-    latents: int = opt(12, "latent frames of a training sample, .16 s each (paper: 21)")
+    clips: int = opt(
+        700,
+        "training clips in memory; more people make a better network",
+        most=5_000_000,  # then the judge's people begin
+    )
+    latents: int = opt(
+        12,
+        "latent frames of a training sample, .16 s each (paper: 21)",
+        least=3,  # the expert judges no fewer
+        most=data.CLIP_LATENTS - 2,
+    )
     batch: int = opt(16, "samples in a step of the teacher and of init")
 
     # The lip-sync experts and the teacher.
     sync_steps: int = opt(500, "training steps of each of the two lip-sync experts")
     teacher_steps: int = opt(3000, "training steps of the teacher")
     start: str = opt("", "the checkpoint of a teacher to train on, with the new expert's ears")
-    teacher_lr: float = opt(1.5e-3, "learning rate of AdamW, for the teacher's other weights")
-    muon_lr: float = opt(0.02, "learning rate of Muon, for the matrices of the teacher's blocks")
-    t_shift: float = opt(5.0, "shift of the teacher's training times; more: nearer to noise")
+    teacher_lr: float = opt(
+        1.5e-3, "learning rate of AdamW, for the teacher's other weights", most=1
+    )
+    muon_lr: float = opt(
+        0.02, "learning rate of Muon, for the matrices of the teacher's blocks", most=1
+    )
+    t_shift: float = opt(
+        5.0, "shift of the teacher's training times; more: nearer to noise", least=0.01
+    )
     weight_clip: float = opt(2.0, "highest weight of the loss, which is 1 / t^2 below that")
     edges: float = opt(2.0, "weight of differences between neighbouring pixels; more: crisper")
     perceptual_weight: float = opt(
@@ -100,15 +115,15 @@ class Config(model.Config):
 
     # Init: diffusion forcing.
     init_steps: int = opt(150, "training steps of init (paper: 5,000)")
-    init_lr: float = opt(2e-4, "learning rate of init (paper: 1e-5)")
+    init_lr: float = opt(2e-4, "learning rate of init (paper: 1e-5)", most=1)
 
     # DMD.
     dmd_steps: int = opt(60, "updates of the student; more: sharper, then too sharp (paper: 600)")
     dmd_batch: int = opt(8, "clips that the student dubs in an update")
-    student_lr: float = opt(2e-5, "learning rate of the student (paper: 2e-6)")
-    critic_lr: float = opt(1e-4, "learning rate of the critic (paper: 2e-6)")
+    student_lr: float = opt(2e-5, "learning rate of the student (paper: 2e-6)", most=1)
+    critic_lr: float = opt(1e-4, "learning rate of the critic (paper: 2e-6)", most=1)
     critic_updates: int = opt(5, "updates of the critic to one of the student (paper: 5)")
-    dmd_shift: float = opt(1.5, "shift of the times in DMD; less: sharper (paper: 5)")
+    dmd_shift: float = opt(1.5, "shift of the times in DMD; less: sharper (paper: 5)", least=0.01)
     dmd_perceptual_weight: float = opt(
         0.3, "weight of the perceptual loss in DMD; more: nearer to the one truth (paper: 0)"
     )
@@ -120,12 +135,15 @@ class Config(model.Config):
         "times at which the teacher is guided: in the window, nowhere, outside it, at all times",
         ("on", "off", "reversed", "all"),
     )
-    sync_first: int = opt(20, "step j, of 50, at which the window begins (paper: 20)", least=0)
-    sync_last: int = opt(40, "step j, of 50, at which the window ends (paper: 40)")
+    sync_first: int = opt(
+        20, "step j, of 50, at which the window begins (paper: 20)", least=0, most=49
+    )
+    sync_last: int = opt(40, "step j, of 50, at which the window ends (paper: 40)", most=50)
     beta: float = opt(
         20.0,
         "strength of the reward: a clip weighs exp(beta Sync-C); 0: none (the paper's 2, on its"
         " scale of Sync-C, is 20 here)",
+        most=100,  # exp of more may be infinite
     )
 
 
@@ -479,11 +497,11 @@ def set_up(cfg):
     most = data.CLIP_LATENTS - 2 * cfg.chunk  # which leaves room for a reference
     if cfg.latents % cfg.chunk or cfg.latents > most:
         raise UserError(
-            f"--latents {cfg.latents}: a multiple of --chunk {cfg.chunk}, at most {most}"
+            f"--latents {cfg.latents}: choose a multiple of --chunk {cfg.chunk}, at most {most}"
         )
-    if not 0 < cfg.landing < 50 or not cfg.sync_first < cfg.sync_last <= 50:
+    if cfg.sync_first >= cfg.sync_last:
         raise UserError(
-            "--landing must lie in 1..49, and --sync_first before --sync_last, up to 50"
+            f"--sync_first {cfg.sync_first}: choose less than --sync_last {cfg.sync_last}"
         )
     cfg.out = cfg.out or f"out/{cfg.config}"
     runtime.free_space(cfg.out, 500 << 20)

@@ -17,7 +17,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import runtime
-from data import AUDIO_AHEAD, AUDIO_BACK, MELS, mouth_mask, mouth_rectangle, to_pixels, to_tokens
+from data import (
+    AUDIO_AHEAD,
+    AUDIO_BACK,
+    CLIP_LATENTS,
+    MELS,
+    mouth_mask,
+    mouth_rectangle,
+    to_pixels,
+    to_tokens,
+)
 from runtime import UserError, opt
 
 PATCH_FEATURES = 128  # values that a patch of the conditions comes down to
@@ -27,16 +36,26 @@ MAX_LATENTS = 256  # of the RoPE table; a stream uses the first sink + window, h
 
 @dataclasses.dataclass
 class Config:
-    size: int = opt(64, "side of the square picture in pixels (paper: 512)")
-    patch: int = opt(8, "side of a token's square in pixels; less: finer and slower")
-    width: int = opt(256, "D, the number of values that a token carries")
-    depth: int = opt(4, "number of transformer blocks")
+    size: int = opt(64, "side of the square picture in pixels (paper: 512)", least=16, most=4096)
+    patch: int = opt(8, "side of a token's square in pixels; less: finer and slower", least=4)
+    width: int = opt(256, "D, the number of values that a token carries", least=8, most=65536)
+    depth: int = opt(4, "number of transformer blocks", most=1000)
     heads: int = opt(4, "number of attention heads")
-    chunk: int = opt(3, "latent frames that are generated at a time; more: later (paper: 3)")
-    sink: int = opt(1, "first latent frames of a video, attended to for ever (paper: 1)", least=0)
-    window: int = opt(6, "latest latent frames attended to, with the chunk's own (paper: 6)")
-    num_steps: int = opt(2, "denoising steps of the student for a chunk (paper: 2)")
-    landing: int = opt(40, "step j, of 50, at which the student's last step begins (paper: 30)")
+    chunk: int = opt(
+        3,
+        "latent frames that are generated at a time; more: later (paper: 3)",
+        most=CLIP_LATENTS // 3,  # else a training clip has no room for it and two references
+    )
+    sink: int = opt(
+        1, "first latent frames of a video, attended to for ever (paper: 1)", least=0, most=1000
+    )
+    window: int = opt(
+        6, "latest latent frames attended to, with the chunk's own (paper: 6)", most=1000
+    )
+    num_steps: int = opt(2, "denoising steps of the student for a chunk (paper: 2)", most=50)
+    landing: int = opt(
+        40, "step j, of 50, at which the student's last step begins (paper: 30)", most=49
+    )
 
 
 def grid(cfg):
@@ -269,9 +288,14 @@ class DiT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, p = cfg.width, cfg.patch
-        if cfg.size % (4 * p) or p % 4 or D % (8 * cfg.heads) or cfg.window < cfg.chunk:
-            what = f"size {cfg.size} must be a multiple of 4 x patch {p}, patch of 4, width {D} of"
-            raise UserError(f"{what} 8 x heads {cfg.heads}, and window at least chunk")
+        if p % 4:
+            raise UserError(f"--patch {p}: choose a multiple of 4")
+        if cfg.size % (4 * p):
+            raise UserError(f"--size {cfg.size}: choose a multiple of 4 x --patch {p}")
+        if D % (8 * cfg.heads):
+            raise UserError(f"--width {D}: choose a multiple of 8 x --heads {cfg.heads}")
+        if cfg.window < cfg.chunk:
+            raise UserError(f"--window {cfg.window}: choose at least --chunk {cfg.chunk}")
         self.cfg = cfg
         self.stage = ""  # what made the weights
         self.fused = False  # stream by kernels.py: needs a GPU, has no gradient

@@ -27,6 +27,8 @@ PRECISIONS = (
     ("float32", "bfloat16"),
 )
 precision = ""  # what --precision says, for the whole process; "": what the device does fast
+# The lowest and the highest that a number among the options may be, unless the option says another.
+RANGES = {int: (1, 2**32 - 1), float: (0, 1000)}
 # Options that change a result by rounding at most.
 WHERE = "stage", "out", "weights", "fresh", "device", "precision", "compile"
 SAVE_SECONDS = 30  # between two states of a training that a stopped run goes on from
@@ -45,9 +47,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def opt(default, help="", choices=None, least=1):
-    """A dataclass field that is an option; `least` is the lowest whole number it may be."""
-    metadata = dict(help=help, choices=choices, least=least)
+def opt(default, help="", choices=None, least=None, most=None):
+    """A dataclass field that is an option. `least` and `most` are the lowest and the highest number
+    that it may be, where RANGES does not fit."""
+    lowest, highest = RANGES.get(type(default), (None, None))
+    least = lowest if least is None else least
+    most = highest if most is None else most
+    metadata = dict(help=help, choices=choices, least=least, most=most)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -71,8 +77,12 @@ def options(cls, argv, usage, presets={}):
             )
     given = vars(parser.parse_args(argv))
     for field in dataclasses.fields(cls):
-        if field.type is int and given.get(field.name, math.inf) < field.metadata["least"]:
-            raise UserError(f"--{field.name} {given[field.name]} is too small")
+        if field.type in RANGES and field.name in given:
+            value = given[field.name]
+            least = field.metadata["least"]
+            most = field.metadata["most"]
+            if not least <= value <= most:  # which NaN is not, either
+                raise UserError(f"--{field.name} {value}: choose a number from {least} to {most}")
     preset = presets[given.get("config", cls.config)] if presets else {}
     return cls(**preset | given)
 

@@ -11,11 +11,14 @@ import pytest
 import soundfile
 import torch
 
+import analysis
+import bench
 import data
 import distill
 import faces
 import media
 import runtime
+import sample
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +76,17 @@ sample --device abacus: --device abacus
 syncnet --video good.mp4 --weights student: a checkpoint of kind dit, where syncnet is needed
 syncnet --video short.mp4 --audio good.wav --weights expert: 8 frames with sound are too few
 faces --out /dev/null/x: cannot be written
-distill --sync_first 40 --sync_last 20: --sync_first before --sync_last
+sample --seed 18446744073709551616: choose a number from 0 to 4294967295
+distill --sync_first 40 --sync_last 20: --sync_first 40: choose less than --sync_last 20
 distill --band-first 30: unrecognized arguments: --band-first
-distill --init_steps 0: --init_steps 0 is too small
-distill --latents 10: multiple of --chunk
+distill --init_steps 0: --init_steps 0: choose a number from 1 to 4294967295
+distill --teacher_lr -1: --teacher_lr -1.0: choose a number from 0 to 1
+distill --chunk 12: --chunk 12: choose a number from 1 to 10
+distill --latents 10: --latents 10: choose a multiple of --chunk 3, at most 24
+distill --size 48: --size 48: choose a multiple of 4 x --patch 8
+distill --patch 6: --patch 6: choose a multiple of 4
+distill --heads 96: --width 96: choose a multiple of 8 x --heads 96
+distill --window 2: --window 2: choose at least --chunk 3
 distill --start missing: no such file
 distill --folder missing: no mp4 there
 distill --teacher student: cannot teach
@@ -99,6 +109,27 @@ def test_one_line_and_exit_code_2(case, files, capsys, monkeypatch, tmp_path):
     assert told[:-1] == [] or script in ("bench", "analysis")  # which say what files they take
     assert {p: p.stat().st_mtime for p in tmp_path.parent.rglob("*.mp4")} == before
     assert not list(tmp_path.parent.rglob("*.writing*"))
+
+
+@pytest.mark.parametrize("script", [analysis, bench, distill, sample])
+def test_every_number_has_a_range(script):
+    """All that lies in it is taken, and nothing else."""
+    options = getattr(script, "Options", distill.Config)
+    numbers = [field for field in dataclasses.fields(options) if field.type in (int, float)]
+    assert numbers
+    for field in numbers:
+        flag = f"--{field.name}"
+        least, most = field.metadata["least"], field.metadata["most"]
+        for value in (least, most):
+            given = runtime.options(options, [f"{flag}={value}"], "")
+            assert getattr(given, field.name) == value
+        others = [least - 1, most + 1, -(2**64), 2**64]
+        if field.type is float:
+            others += ["nan", "inf", "-inf", least - 1e-9]
+        for value in others:
+            said = f"^{flag} .*: choose a number from {least} to {most}$"
+            with pytest.raises(runtime.UserError, match=said):
+                runtime.options(options, [f"{flag}={value}"], "")
 
 
 def test_too_little_disk(tmp_path, monkeypatch):
