@@ -31,7 +31,7 @@ from runtime import UserError, opt
 
 PATCH_FEATURES = 128  # values that a patch of the conditions comes down to
 AUDIO_FEATURES = 128  # values of the sound of a video frame
-MAX_LATENTS = 256  # of the RoPE table; a stream uses the first sink + window, however long it is
+MAX_LATENTS = 256  # of the RoPE table, unless sink + window, which a stream needs, are more
 
 
 @dataclasses.dataclass
@@ -81,7 +81,7 @@ def attention_window(c, cfg):
     return sorted({*sink, *latest})
 
 
-def rope_table(cfg, latents=MAX_LATENTS):
+def rope_table(cfg, latents):
     """(latents, N, 2, d): cosines and sines as `apply_rope` takes them. Half of a head's d values
     turn with the latent frame, a quarter each with row and column."""
     d = cfg.width // cfg.heads
@@ -329,7 +329,8 @@ class DiT(nn.Module):
         self.register_buffer("blend", blend, persistent=False)  # S/2, 3S/4, 1
         hidden = (blend > 0).float().expand(1, 4, -1, -1, 3)
         self.register_buffer("mask", to_tokens(hidden, p)[0, 0], persistent=False)  # N P
-        self.register_buffer("rope", rope_table(cfg), persistent=False)
+        latents = max(MAX_LATENTS, cfg.sink + cfg.window)
+        self.register_buffer("rope", rope_table(cfg, latents), persistent=False)
 
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv1d)):

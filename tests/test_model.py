@@ -34,6 +34,24 @@ def test_streaming_equals_the_causal_clip(tiny, parts, latents, chunk, sink, win
     assert (cache.kv.data_ptr(), cache.kv.shape) == (where, shape)  # constant memory
 
 
+@torch.no_grad()
+def test_a_window_longer_than_the_usual_rope_table():
+    """Its network takes the weights of one with the usual window, and streams on and on."""
+    usual = model.Config(32, 8, 32, depth=1, heads=1)
+    net = model.DiT(dataclasses.replace(usual, window=270))
+    net.load_state_dict(model.DiT(usual).state_dict())
+    x, hidden = torch.randn(2, 1, 279, 6, 768)
+    cond = model.Cond(hidden, torch.randn(1, 279, 6, 32), torch.randn(1, 279, 1, 32))
+    clip = net(x, 0.0, cond, causal=True)
+    cache, outputs = KVCache(net, 1), []
+    for part, known in zip(x.split(3, 1), sample.in_chunks(cond, 3)):
+        outputs.append(net(part, 0.0, known, cache=cache))
+        net(part, 0.0, known, cache=cache, store=True)
+        cache.evict()
+    assert len(cache.frames) == 268  # the sink and 267, to which the next chunk adds its 3
+    torch.testing.assert_close(torch.cat(outputs, 1), clip, atol=1e-5, rtol=0)
+
+
 def test_the_window():
     cfg = model.Config()
     assert attention_window(0, cfg) == [0, 1, 2] and attention_window(1, cfg) == [0, 1, 2, 3, 4, 5]
