@@ -207,7 +207,7 @@ def panels(path, caption, curves, axes, span=None):
             panel.vlines(along, mean - error, mean + error, line.get_color(), alpha=0.2, lw=4)
         panel.legend(fontsize="small")
     figure.suptitle(caption, fontsize="medium")
-    figure.savefig(path, dpi=80)
+    runtime.save_figure(figure, path, dpi=80)
     plt.close(figure)
 
 
@@ -256,7 +256,7 @@ def draw_mouths(path, looker, people):
     middles = [(i + 0.5) * len(picture) / shown for i in range(shown)]
     axes[0].set_yticks(middles, [f"person {i + 1}" for i in range(shown)])
     figure.supxlabel(f"The moment when the truth opens widest. Sharp: mean of {people}.")
-    figure.savefig(path, dpi=90)
+    runtime.save_figure(figure, path, dpi=90)
     plt.close(figure)
 
 

@@ -462,6 +462,30 @@ def finite(stage, step, **values):
     return numbers
 
 
+def append_line(path, line):
+    """Add a line to a text file. UserError if that fails, and then the file is as it was."""
+    end = path.stat().st_size if path.is_file() else 0
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as e:
+        if path.is_file() and path.stat().st_size > end:
+            os.truncate(path, end)  # no half of a line, which the next one would be added to
+        raise UserError(f"{path}: could not be written ({e.strerror}); make room") from None
+
+
+def save_figure(figure, path, dpi):
+    """Save a figure as a PNG beside `path`, then rename: never half a file."""
+    partial = Path(f"{path}.writing")
+    try:
+        figure.savefig(partial, dpi=dpi, format="png")
+        os.replace(partial, path)
+    except OSError as e:
+        raise UserError(f"{path}: could not be saved ({e.strerror}); make room") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def log(cfg, stage, step, steps, first, start, values):
     """Tell how a training goes that began with step `first` at the time `start`: a line on the
     screen, and a JSON object at the end of log.jsonl."""
@@ -470,8 +494,7 @@ def log(cfg, stage, step, steps, first, start, values):
     elapsed = time.time() - start
     left = elapsed / (step - first + 1) * (steps - step)
     row = dict(stage=stage, step=step, seconds=elapsed, **values)
-    with open(Path(cfg.out, "log.jsonl"), "a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(Path(cfg.out, "log.jsonl"), json.dumps(row))
     words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
     print(
         f"{stage:8} step {step:5d}/{steps} | {words} | {elapsed:.0f} s, {left:.0f} left", flush=True
@@ -510,5 +533,5 @@ def draw_curves(cfg):
                 shares = [row["step"] / rows[-1]["step"] for row in rows]
                 axis.plot(shares, [row[key] for row in rows], ".-", label=stage)
                 axis.legend()
-    figure.savefig(Path(cfg.out, "curves.png"), dpi=60)
+    save_figure(figure, Path(cfg.out, "curves.png"), dpi=60)
     plt.close(figure)

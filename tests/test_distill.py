@@ -182,6 +182,27 @@ def test_the_log_keeps_the_last_of_a_step(tmp_path):
     assert [row["loss"] for row in stages["init"]] == [1, 7] and len(stages["teacher"]) == 1
 
 
+def test_log_and_curves_on_a_full_disk(train, cfg, tmp_path):
+    """What was saved before stays whole, and nothing half-written is left."""
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out"
+    train("init", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(before) == {"log.jsonl", "curves.png"}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["log.jsonl"]) + 20, limits[1]))
+        with pytest.raises(
+            runtime.UserError, match="log.jsonl: could not be written.*; make room$"
+        ):
+            train("init", out)
+        with pytest.raises(runtime.UserError, match="curves.png: could not be saved.*; make room$"):
+            runtime.draw_curves(dataclasses.replace(cfg, out=str(out)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_a_steps_random_numbers_are_its_own(monkeypatch):
     seeds = [runtime.step_seed(seed, step) for seed in (0, 1) for step in (1, 2)]
     monkeypatch.setattr(runtime, "rank", lambda: 1)
