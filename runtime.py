@@ -210,7 +210,8 @@ def step_seed(seed, step):
 
 def join_others(device=""):
     """Meet the processes that torchrun started, each with a GPU unless `device` is cpu."""
-    if "LOCAL_RANK" not in os.environ:
+    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not told <= os.environ.keys():  # other programs set some of them, but not all
         return
     backend = "gloo"
     if torch.cuda.is_available() and device != "cpu":

@@ -41,6 +41,12 @@ def test_gradients_and_rewards_are_averaged_over_two_processes(tmp_path):
         torch.testing.assert_close(one["norm"], gradient.norm())
 
 
+def test_some_of_torchruns_variables_are_not_torchrun(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    runtime.join_others()
+    assert not dist.is_initialized()
+
+
 def test_torchrun_trains_and_one_process_speaks(tmp_path):
     few = "--clips 4 --latents 6 --batch 4 --sync_steps 1 --teacher_steps 2 --stage teacher"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "distill.py"]
