@@ -578,9 +578,8 @@ def closing_table(cfg, teacher, student, judge, device):
     print(f"The student streams {fps:.0f} frames a second, the first after {1000 * ttff:.1f} ms.")
 
 
-def main(argv):
-    cfg = runtime.options(Config, argv, __doc__, PRESETS)
-    device = set_up(cfg)
+def main_job(cfg, device):
+    """All stages, one after the other; each takes what those before have made."""
     dtype = runtime.fast_dtype(device)
     where = f"{cfg.config} on {device}, {torch.get_num_threads()} threads, {str(dtype)[6:]}"
     print(f"{where}; results in {cfg.out}/", flush=True)
@@ -641,6 +640,13 @@ def main(argv):
             sample.side_by_side(f"{cfg.out}/sample.mp4", student, pairs)
             closing_table(cfg, teacher.to(dtype), student, judge, device)
             print(f"{cfg.out}/sample.mp4: source | dub | truth; curves.png: how training went")
+
+
+def main(argv):
+    cfg = runtime.options(Config, argv, __doc__, PRESETS)
+    device = set_up(cfg)
+    with runtime.lock(cfg.out):
+        main_job(cfg, device)
     if dist.is_initialized():
         dist.destroy_process_group()
 

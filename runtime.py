@@ -1,6 +1,7 @@
 """What the scripts run on: options, devices, optimizers, checkpoints, logs."""
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -324,6 +325,28 @@ def free_space(folder, need=64 << 20, instead="choose another --out"):
         raise UserError(
             f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}"
         )
+
+
+def lock(folder):
+    """Hold this, by `with`, to be the only training that writes to `folder`; UserError: there is
+    another one. The system lets go of it when the process ends, however it ends."""
+    if rank() > 0 or os.name != "posix":
+        return contextlib.nullcontext()
+    import fcntl  # not on Windows
+
+    path = Path(folder, "log.jsonl")
+    try:
+        file = open(path, "a")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); choose another --out") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        what = "another training writes there; wait for its end, or choose another --out"
+        raise UserError(f"{folder}: {what}") from None
+    except OSError as e:
+        print(f"{folder}: no locks there ({e.strerror}), so start no second training in it")
+    return file
 
 
 def save(path, net=None, /, **state):  # a state may hold another `net`

@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 
 import data
+import distill
 import runtime
 import syncnet
+
+ROOT = Path(__file__).parent.parent
 
 
 def one_of_two(rank, folder):
@@ -47,12 +50,30 @@ def test_some_of_torchruns_variables_are_not_torchrun(monkeypatch):
     assert not dist.is_initialized()
 
 
+HOLD = "import runtime, sys, time; lock = runtime.lock(sys.argv[1]); print('held', flush=True)"
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path, capsys):
+    """And none that was killed stands in the way."""
+    command = [sys.executable, "-c", HOLD + "; time.sleep(200)", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(runtime.UserError, match="another training writes there"):
+                distill.main([f"--out={tmp_path}"])
+        finally:
+            other.kill()
+    assert not capsys.readouterr().out
+    for _ in range(2):  # let go at its end
+        with runtime.lock(tmp_path):
+            pass
+
+
 def test_torchrun_trains_and_one_process_speaks(tmp_path):
     few = "--clips 4 --latents 6 --batch 4 --sync_steps 1 --teacher_steps 2 --stage teacher"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "distill.py"]
     command += [*few.split(), "--device=cpu", f"--out={tmp_path}"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("results in") == done.stdout.count("teacher  step     2/2") == 1
     assert {p.name for p in tmp_path.glob("*.pt")} == {"judge.pt", "syncnet.pt", "teacher.pt"}
