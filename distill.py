@@ -503,9 +503,8 @@ def set_up(cfg):
         raise UserError(
             f"--sync_first {cfg.sync_first}: choose less than --sync_last {cfg.sync_last}"
         )
-    cfg.out = cfg.out or f"out/{cfg.config}"
-    runtime.free_space(cfg.out, 500 << 20)
-    DiT(network_of(cfg))  # UserError now, not after the experts
+    with torch.device("meta"):  # which has shapes, and no memory
+        net = DiT(network_of(cfg))  # UserError now, not after the experts
     if cfg.folder:
         media.mp4s(cfg.folder)
     for path in (cfg.teacher, cfg.start):
@@ -516,7 +515,33 @@ def set_up(cfg):
     if cfg.batch % world_size() or cfg.dmd_batch % world_size():
         batches = f"{cfg.batch} or {cfg.dmd_batch}"
         raise UserError(f"{world_size()} processes do not share a batch of {batches}")
-    return runtime.find_device(cfg.device, cfg.precision)
+    device = runtime.find_device(cfg.device, cfg.precision)
+    check_memory(cfg, net, device)
+    cfg.out = cfg.out or f"out/{cfg.config}"
+    runtime.free_space(cfg.out, 500 << 20)
+    return device
+
+
+def check_memory(cfg, net, device):
+    """UserError now, not after the experts: what a training holds at the very least, which is a
+    small part of it, is more than there is."""
+    frame = cfg.size * cfg.size * 9 // 4  # values in the part of a picture that data.middle keeps
+    clip = 4 * data.CLIP_LATENTS * frame
+    sample = 4 * cfg.latents * frame * 2 * 5  # source and reference, in bytes and in floats
+    weights = sum(parameter.nbytes for parameter in net.parameters())
+    fixed = sum(buffer.nbytes for buffer in net.buffers())
+    need = {
+        f"--clips {cfg.clips}": cfg.clips * clip,
+        f"--batch {cfg.batch}": cfg.batch // world_size() * sample,
+        f"--dmd_batch {cfg.dmd_batch}": cfg.dmd_batch // world_size() * sample,
+        # Besides the weights their mean, their gradient and an optimizer's state.
+        f"--width {cfg.width} --depth {cfg.depth} --size {cfg.size}": 4 * weights + fixed,
+    }
+    there = runtime.total_memory(device)
+    for what, size in need.items():
+        if size > there:
+            amount = f"{size / 1e9:.0f} GB of memory needed, and {device} has {there / 1e9:.0f}"
+            raise UserError(f"{what}: over {amount}; choose less")
 
 
 def load_clips(cfg, split, device):

@@ -180,6 +180,15 @@ def keep_memory():
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def total_memory(device):
+    """Bytes of memory that the device has, used or not; infinite where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # not on Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
+
+
 def rank():
     """This process's number, of `world_size()`."""
     return dist.get_rank() if dist.is_initialized() else 0

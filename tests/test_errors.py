@@ -132,6 +132,17 @@ def test_every_number_has_a_range(script):
                 runtime.options(options, [f"{flag}={value}"], "")
 
 
+@pytest.mark.parametrize(
+    "given", ["clips=5000000", "batch=10000000", "dmd_batch=10000000", "width=49152"]
+)
+def test_what_no_memory_holds_is_refused_at_once(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "total_memory", lambda device: 10**12)
+    said = f"^--{given.replace('=', ' ')}.*: over .* GB .* needed, and cpu has 1000; choose less$"
+    with pytest.raises(runtime.UserError, match=said):
+        distill.main([f"--{given}", f"--out={tmp_path}/out", "--device=cpu"])
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
 def test_too_little_disk(tmp_path, monkeypatch):
     full = type("Usage", (), dict(free=4096))
     monkeypatch.setattr(runtime.shutil, "disk_usage", lambda folder: full)
