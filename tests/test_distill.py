@@ -146,11 +146,13 @@ def stopping(cfg, stage, step, parts, save=runtime.save_resume):
 @pytest.mark.parametrize("stage", ["teacher", "init", "dmd"])
 def test_a_stopped_stage_goes_on_to_the_same_end(train, clips, stage, tmp_path, monkeypatch):
     """Stopped first by hand, then by a loss that is not finite, which is not saved. Bit for bit,
-    though no generator's state is kept: another device may go on."""
+    though no generator's state is kept and the tensors are told to be a GPU's: any device goes on.
+    """
     whole = train(stage, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "SAVE_SECONDS", -1)  # after every step
         patch.setattr(runtime, "save_resume", stopping)
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         with pytest.raises(KeyboardInterrupt):
             train(stage, tmp_path / "halves")
         (path,) = (tmp_path / "halves").glob("*.pt")
@@ -159,7 +161,7 @@ def test_a_stopped_stage_goes_on_to_the_same_end(train, clips, stage, tmp_path, 
         with pytest.raises(runtime.UserError, match="step 3: not finite.*lower learning rate$"):
             train(stage, tmp_path / "halves", broken)
     assert [*(tmp_path / "halves").glob("*.pt")] == [path] and path.read_bytes() == saved
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     nets = dict(teacher={"net", "muon"}, init={"net"}, dmd={"student", "critic", "critic_adam"})
     assert set(state) == {"kind", "step", "options", "ema", "adam"} | nets[stage]
     assert (tmp_path / "halves/curves.png").is_file()
