@@ -64,11 +64,16 @@ def options(cls, argv, usage, presets={}):
     parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
         flag = f"--{field.name}"
-        defaults = [str(field.default)]
+        defaults = []
+        if field.default != "" and field.type is not bool:
+            defaults.append(str(field.default))
         for preset, fields in presets.items():
             if field.name in fields:
                 defaults.append(f"{fields[field.name]} in {preset}")
-        text = f"{field.metadata['help']} (default {', '.join(defaults)})".replace("%", "%%")
+        text = field.metadata["help"]
+        if defaults:
+            text += f" (default {', '.join(defaults)})"
+        text = text.replace("%", "%%")
         if field.type is bool:
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
