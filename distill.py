@@ -12,7 +12,6 @@ everything anew.
 
 import copy
 import dataclasses
-import math
 import time
 from pathlib import Path
 
@@ -52,7 +51,7 @@ from sample import (
     rollout,
     shift_time,
 )
-from syncnet import means, reward_weights
+from syncnet import means, reward_weights, token_perceptual_loss
 
 AUDIO_DROP = 0.12  # share of the teacher's clips whose sound is withheld, for guidance
 INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
@@ -97,7 +96,7 @@ class Config(model.Config):
     # The lip-sync experts and the teacher.
     sync_steps: int = opt(500, "training steps of each of the two lip-sync experts")
     teacher_steps: int = opt(3000, "training steps of the teacher")
-    start: str = opt("", "the checkpoint of a teacher to train on, with the new expert's ears")
+    start: str = opt("", "the checkpoint of a teacher to train on, with its own ears")
     teacher_lr: float = opt(
         1.5e-3, "learning rate of AdamW, for the teacher's other weights", most=1
     )
@@ -209,14 +208,6 @@ def evaluate_student(student, val, judge):
     return means(dub_student(student, val.source, val.mel), val, judge)
 
 
-def expert_loss(expert, x0, batch, cfg):
-    """syncnet.perceptual_loss of x0 (B, L, N, P) against the truth, in half of the clips: so it
-    costs a tenth of a step."""
-    half = math.ceil(len(x0) / 2)
-    pixels = to_pixels(x0[:half], cfg.patch)
-    return syncnet.perceptual_loss(expert, pixels, target(batch)[:half])
-
-
 def flow_loss(net, x0, noise, t, cond, cfg, edges=None):
     """Flow matching by a network that predicts x0, with the loss in velocity space: |v' - v|^2 =
     |x0' - x0|^2 / t^2. t (B, 1) -> the loss, and the prediction x0'.
@@ -229,11 +220,12 @@ def flow_loss(net, x0, noise, t, cond, cfg, edges=None):
 
 
 def teacher_loss(net, expert, batch, noise, t, drop, cfg, edges, perceptual_weight):
-    """flow_loss and, times a weight (None: without), expert_loss -> a number."""
-    x0 = to_tokens(target(batch), cfg.patch)
+    """flow_loss and, times a weight (None: without), the perceptual loss -> a number."""
+    truth = target(batch)
+    x0 = to_tokens(truth, cfg.patch)
     loss, pred = flow_loss(net, x0, noise, t, embed(net, batch, drop), cfg, edges)
     if perceptual_weight is not None:
-        loss = loss + perceptual_weight * expert_loss(expert, pred, batch, cfg)
+        loss = loss + perceptual_weight * token_perceptual_loss(expert, pred, truth, cfg.patch)
     return loss
 
 
@@ -246,7 +238,8 @@ def train_teacher(cfg, clips, expert, judge, val):
     net = DiT(network_of(cfg)).to(device)
     if cfg.start:
         net.load_state_dict(load_dit(cfg.start).state_dict())
-    net.audio_encoder.load_state_dict(expert.audio_encoder.state_dict())
+    else:
+        net.audio_encoder.load_state_dict(expert.audio_encoder.state_dict())
     ema = copy.deepcopy(net).requires_grad_(False)
 
     # Muon for the matrices of the blocks, where it learns in little over half the time.
@@ -269,10 +262,9 @@ def train_teacher(cfg, clips, expert, judge, val):
     for step in range(first, steps + 1):
         rng.manual_seed(step_seed(cfg.seed, step))
 
-        # Timing first. What the expert sees comes in from 0 to 1 in the third quarter, edges in the
-        # second half; half the training earlier if it starts from another teacher's weights.
-        late = 2 * step / steps if cfg.start else 2 * step / steps - 1
-        late = min(1.0, max(0.0, late))
+        # Timing first. Edges come in from 0 to 1 in the second half, what the expert sees in the
+        # third quarter. A teacher that is trained on has learned timing already.
+        late = 1.0 if cfg.start else max(0.0, 2 * step / steps - 1)
         edges = torch.full((), late * cfg.edges, device=device)
         perceptual = min(1.0, 2 * late) * cfg.perceptual_weight
         perceptual = torch.full((), perceptual, device=device)
@@ -316,12 +308,14 @@ def init_loss(net, expert, batch, noise, t, cfg):
     """The loss of the noisy chunks; the clean ones, t = 0, are there to be attended to. In x0, not
     in velocity: only two noise levels are left, and both predictions count alike (1 / t^2 would
     weigh the landing three times the start)."""
-    x0 = to_tokens(target(batch), cfg.patch)
+    truth = target(batch)
+    x0 = to_tokens(truth, cfg.patch)
     pred = net(add_noise(x0, noise, t), t, embed(net, batch), causal=True)
     noisy = (t > 0).float()
     loss = denoising_loss(net, pred, x0, noisy, cfg.edges)
     pred = torch.where(noisy[..., None, None] > 0, pred, x0)
-    return loss + cfg.perceptual_weight * expert_loss(expert, pred, batch, cfg)
+    perceptual = token_perceptual_loss(expert, pred, truth, cfg.patch)
+    return loss + cfg.perceptual_weight * perceptual
 
 
 def train_init(cfg, teacher, clips, expert, judge, val):
@@ -407,6 +401,7 @@ def dmd_loss(X, g, weight):
 def student_loss(cfg, X, batch, teacher, critic, expert, rng):
     """The student's dubs X (B, L, N, P) -> the loss whose gradient in X is DMD's, by what critic
     and teacher predict from the same noisy X, plus the perceptual loss; and X's mean Sync-C."""
+    truth = target(batch)
     with torch.no_grad():
         t = sample_times(len(X), cfg.dmd_shift, rng)
         x_t = add_noise(X, noise_like(X, rng), t)
@@ -421,7 +416,8 @@ def student_loss(cfg, X, batch, teacher, critic, expert, rng):
     loss = dmd_loss(X, g, weight)
     if cfg.dmd_perceptual_weight:
         # As the regression of the first DMD (arXiv 2311.18828), but in the expert's eyes.
-        loss = loss + cfg.dmd_perceptual_weight * expert_loss(expert, X, batch, cfg)
+        perceptual = token_perceptual_loss(expert, X, truth, cfg.patch)
+        loss = loss + cfg.dmd_perceptual_weight * perceptual
     return loss, sync_c
 
 
