@@ -68,7 +68,10 @@ PAPER = {  # Sync-C and FVD of the same change there
 
 @dataclasses.dataclass
 class Options(CommonOptions):
-    only: str = opt("", "rows of ablate: those that hold one of these words, a comma between")
+    only: str = opt(
+        "",
+        "rows of ablate: those that hold one of these words, a comma between",
+    )
     seeds: int = opt(3, "trainings of each row of ablate", most=100)
 
 

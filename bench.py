@@ -65,7 +65,10 @@ class CommonOptions:
     config: str = opt(
         "small", "the preset; 1.3B is for speed and attention alone", ("tiny", "small", "1.3B")
     )
-    weights: str = opt("", "the folder of teacher, student and judge; weights/CONFIG if not given")
+    weights: str = opt(
+        "",
+        "the folder of teacher, student and judge; weights/CONFIG if not given",
+    )
     out: str = opt("out/bench", "the folder that figures are written to")
     device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
@@ -78,7 +81,12 @@ class CommonOptions:
 @dataclasses.dataclass
 class Options(CommonOptions):
     rounds: int = opt(5, "times that speed measures each row, taking turns", most=1000)
-    seconds: int = opt(180, "seconds of each stream that long measures", least=20, most=3600)
+    seconds: int = opt(
+        180,
+        "seconds of each stream that long measures",
+        least=20,
+        most=3600,
+    )
 
 
 def checkpoint(cfg, name):

@@ -63,12 +63,22 @@ STAGES = "judge", "syncnet", "teacher", "init", "student"
 
 @dataclasses.dataclass
 class Config(model.Config):
-    config: str = opt("tiny", "the preset that the options start from", ("tiny", "small"))
+    config: str = opt(
+        "tiny",
+        "the preset that the options start from",
+        ("tiny", "small"),
+    )
     stage: str = opt("all", "the last stage to run", ("teacher", "init", "all"))
     out: str = opt("", "the folder of results; out/CONFIG if not given")
     fresh: bool = opt(False, "train every stage, even where a checkpoint is there")
-    teacher: str = opt("", "the checkpoint of a teacher to distil, with its experts beside it")
-    weights: str = opt("", "the folder whose judge, syncnet and teacher serve if --out has none")
+    teacher: str = opt(
+        "",
+        "the checkpoint of a teacher to distil, with its experts beside it",
+    )
+    weights: str = opt(
+        "",
+        "the folder whose judge, syncnet and teacher serve if --out has none",
+    )
     folder: str = opt("", "a folder of mp4s to train on, instead of drawn people")
     device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
@@ -77,7 +87,11 @@ class Config(model.Config):
         "torch.compile the training steps; auto: in long stages on a GPU",
         ("on", "off", "auto"),
     )
-    seed: int = opt(0, "the number that weights, noise and batches are drawn from", least=0)
+    seed: int = opt(
+        0,
+        "the number that weights, noise and batches are drawn from",
+        least=0,
+    )
 
     # Data.
     clips: int = opt(
@@ -106,8 +120,14 @@ class Config(model.Config):
     t_shift: float = opt(
         5.0, "shift of the teacher's training times; more: nearer to noise", least=0.01
     )
-    weight_clip: float = opt(2.0, "highest weight of the loss, which is 1 / t^2 below that")
-    edges: float = opt(2.0, "weight of differences between neighbouring pixels; more: crisper")
+    weight_clip: float = opt(
+        2.0,
+        "highest weight of the loss, which is 1 / t^2 below that",
+    )
+    edges: float = opt(
+        2.0,
+        "weight of differences between neighbouring pixels; more: crisper",
+    )
     perceptual_weight: float = opt(
         0.05, "weight of the perceptual loss in teacher and init; more: more in sync (paper: 0)"
     )
@@ -117,12 +137,22 @@ class Config(model.Config):
     init_lr: float = opt(2e-4, "learning rate of init (paper: 1e-5)", most=1)
 
     # DMD.
-    dmd_steps: int = opt(60, "updates of the student; more: sharper, then too sharp (paper: 600)")
+    dmd_steps: int = opt(
+        60,
+        "updates of the student; more: sharper, then too sharp (paper: 600)",
+    )
     dmd_batch: int = opt(8, "clips that the student dubs in an update")
     student_lr: float = opt(2e-5, "learning rate of the student (paper: 2e-6)", most=1)
     critic_lr: float = opt(1e-4, "learning rate of the critic (paper: 2e-6)", most=1)
-    critic_updates: int = opt(5, "updates of the critic to one of the student (paper: 5)")
-    dmd_shift: float = opt(1.5, "shift of the times in DMD; less: sharper (paper: 5)", least=0.01)
+    critic_updates: int = opt(
+        5,
+        "updates of the critic to one of the student (paper: 5)",
+    )
+    dmd_shift: float = opt(
+        1.5,
+        "shift of the times in DMD; less: sharper (paper: 5)",
+        least=0.01,
+    )
     dmd_perceptual_weight: float = opt(
         0.3, "weight of the perceptual loss in DMD; more: nearer to the one truth (paper: 0)"
     )
@@ -137,7 +167,11 @@ class Config(model.Config):
     sync_first: int = opt(
         20, "step j, of 50, at which the window begins (paper: 20)", least=0, most=49
     )
-    sync_last: int = opt(40, "step j, of 50, at which the window ends (paper: 40)", most=50)
+    sync_last: int = opt(
+        40,
+        "step j, of 50, at which the window ends (paper: 40)",
+        most=50,
+    )
     beta: float = opt(
         20.0,
         "strength of the reward: a clip weighs exp(beta Sync-C); 0: none (the paper's 2, on its"

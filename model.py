@@ -36,9 +36,23 @@ MAX_LATENTS = 256  # of the RoPE table, unless sink + window, which a stream nee
 
 @dataclasses.dataclass
 class Config:
-    size: int = opt(64, "side of the square picture in pixels (paper: 512)", least=16, most=4096)
-    patch: int = opt(8, "side of a token's square in pixels; less: finer and slower", least=4)
-    width: int = opt(256, "D, the number of values that a token carries", least=8, most=65536)
+    size: int = opt(
+        64,
+        "side of the square picture in pixels (paper: 512)",
+        least=16,
+        most=4096,
+    )
+    patch: int = opt(
+        8,
+        "side of a token's square in pixels; less: finer and slower",
+        least=4,
+    )
+    width: int = opt(
+        256,
+        "D, the number of values that a token carries",
+        least=8,
+        most=65536,
+    )
     depth: int = opt(4, "number of transformer blocks", most=1000)
     heads: int = opt(4, "number of attention heads")
     chunk: int = opt(
@@ -52,7 +66,11 @@ class Config:
     window: int = opt(
         6, "latest latent frames attended to, with the chunk's own (paper: 6)", most=1000
     )
-    num_steps: int = opt(2, "denoising steps of the student for a chunk (paper: 2)", most=50)
+    num_steps: int = opt(
+        2,
+        "denoising steps of the student for a chunk (paper: 2)",
+        most=50,
+    )
     landing: int = opt(
         40, "step j, of 50, at which the student's last step begins (paper: 30)", most=49
     )

@@ -508,9 +508,19 @@ class Options:
     voice: str = opt(
         "en-us", "the eSpeak voice of --text: a language, or one with a variant, de+f4"
     )
-    face: int = opt(3, "the number of the drawn person, if there is no --video", least=0)
-    out: str = opt("out/dub.mp4", "the dubbed video; - for raw RGB frames on standard output")
-    box: str = opt("", "X,Y,SIDE of the face in pixels; the centred square if not given")
+    face: int = opt(
+        3,
+        "the number of the drawn person, if there is no --video",
+        least=0,
+    )
+    out: str = opt(
+        "out/dub.mp4",
+        "the dubbed video; - for raw RGB frames on standard output",
+    )
+    box: str = opt(
+        "",
+        "X,Y,SIDE of the face in pixels; the centred square if not given",
+    )
     weights: str = opt("", "the checkpoint of a student; the bundled one if not given")
     device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
     precision: str = opt("", *runtime.PRECISIONS)
@@ -518,7 +528,10 @@ class Options:
     attention: str = opt(
         "auto", "the stream's attention; auto: by kernels.py on NVIDIA's GPUs", ("auto", "dense")
     )
-    cuda_graph: bool = opt(False, "replay each chunk as one CUDA graph; needs an NVIDIA GPU")
+    cuda_graph: bool = opt(
+        False,
+        "replay each chunk as one CUDA graph; needs an NVIDIA GPU",
+    )
 
 
 def main(argv):

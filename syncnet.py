@@ -342,7 +342,10 @@ def find_weights(name, given=""):
 class Options:
     video: str = opt("", "the video clip to judge")
     audio: str = opt("", "the sound to judge it with; the clip's own if not given")
-    box: str = opt("", "X,Y,SIDE of the face in pixels; the centred square if not given")
+    box: str = opt(
+        "",
+        "X,Y,SIDE of the face in pixels; the centred square if not given",
+    )
     weights: str = opt("", "the checkpoint of a judge; the bundled one if not given")
     device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
 
