@@ -229,7 +229,7 @@ def join_others(device=""):
     if not told <= os.environ.keys():  # other programs set some of them, but not all
         return
     backend = "gloo"
-    if torch.cuda.is_available() and device != "cpu":
+    if torch.cuda.is_available() and device.lower() != "cpu":
         backend = "nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The others wait as long as the first one trains the experts.
