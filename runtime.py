@@ -136,6 +136,8 @@ def find_device(name="", dtype=""):
         device = torch.zeros(1, device=name.lower()).device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name}: choose cuda, mps or cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton and CUDA graphs run
     return device

@@ -73,6 +73,7 @@ sample --text ... --weights student: finds nothing to say
 sample --text hi --audio good.wav --weights student: which of them
 sample --speed 3: unrecognized arguments: --speed
 sample --device abacus: --device abacus
+sample --device meta: choose cuda, mps or cpu
 syncnet --video good.mp4 --weights student: a checkpoint of kind dit, where syncnet is needed
 syncnet --video short.mp4 --audio good.wav --weights expert: 8 frames with sound are too few
 faces --out /dev/null/x: cannot be written
