@@ -55,7 +55,7 @@ from syncnet import means, reward_weights, token_perceptual_loss
 
 AUDIO_DROP = 0.12  # share of the teacher's clips whose sound is withheld, for guidance
 INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
-LOWEST = 0.02  # time that the teacher learns from, and is asked at in DMD (paper: .001)
+LOWEST = 0.02  # the smallest t in the teacher's training and in DMD (paper: .001)
 JUDGE_CLIPS = 800  # people at most that the judge learns from
 TABLE_CLIPS = 16  # people in the last table
 STAGES = "judge", "syncnet", "teacher", "init", "student"
@@ -110,7 +110,7 @@ class Config(model.Config):
     # The lip-sync experts and the teacher.
     sync_steps: int = opt(500, "training steps of each of the two lip-sync experts")
     teacher_steps: int = opt(3000, "training steps of the teacher")
-    start: str = opt("", "the checkpoint of a teacher to train on, with its own ears")
+    start: str = opt("", "the checkpoint of a teacher to train on, keeping its audio encoder")
     teacher_lr: float = opt(
         1.5e-3, "learning rate of AdamW, for the teacher's other weights", most=1
     )
@@ -230,7 +230,7 @@ def target(batch):
 
 
 def evaluate_teacher(teacher, val, judge, cfg):
-    """The measures of its dubs, in fewer steps than usual."""
+    """The measures of its dubs, guided and in 10 steps."""
     dub = sample.dub_teacher(
         teacher, val.source, val.mel, steps=10, guidance=cfg.guidance_scale, latents=cfg.latents
     )
@@ -264,7 +264,7 @@ def teacher_loss(net, expert, batch, noise, t, drop, cfg, edges, perceptual_weig
 
 
 def train_teacher(cfg, clips, expert, judge, val):
-    """Flow matching, starting from the ears of the lip-sync expert (the paper: wav2vec 2.0)."""
+    """Flow matching. The audio encoder starts as the lip-sync expert's (the paper: wav2vec 2.0)."""
     device = clips.video.device
     steps = cfg.teacher_steps
     B = cfg.batch // world_size()
@@ -296,8 +296,8 @@ def train_teacher(cfg, clips, expert, judge, val):
     for step in range(first, steps + 1):
         rng.manual_seed(step_seed(cfg.seed, step))
 
-        # Timing first. Edges come in from 0 to 1 in the second half, what the expert sees in the
-        # third quarter. A teacher that is trained on has learned timing already.
+        # Timing first: the loss on edges is ramped up over the second half, the perceptual loss
+        # over the third quarter. A teacher that is trained on has learned timing already.
         late = 1.0 if cfg.start else max(0.0, 2 * step / steps - 1)
         edges = torch.full((), late * cfg.edges, device=device)
         perceptual = min(1.0, 2 * late) * cfg.perceptual_weight
@@ -433,8 +433,9 @@ def dmd_loss(X, g, weight):
 
 
 def student_loss(cfg, X, batch, teacher, critic, expert, rng):
-    """The student's dubs X (B, L, N, P) -> the loss whose gradient in X is DMD's, by what critic
-    and teacher predict from the same noisy X, plus the perceptual loss; and X's mean Sync-C."""
+    """The student's output X (B, L, N, P) -> the loss, and X's mean Sync-C. The loss has DMD's
+    gradient with respect to X, from what critic and teacher predict from the same noisy X, and the
+    perceptual loss's."""
     truth = target(batch)
     with torch.no_grad():
         t = sample_times(len(X), cfg.dmd_shift, rng)
@@ -456,9 +457,11 @@ def student_loss(cfg, X, batch, teacher, critic, expert, rng):
 
 
 def train_dmd(cfg, teacher, init, clips, expert, judge, val):
-    """Distribution matching. In each update the student dubs `critic_updates` batches. By each of
-    them the critic learns, by flow matching, what the student makes now; by the last one, first the
-    student is moved from the critic's prediction towards the teacher's. -> its EMA."""
+    """Distribution matching -> the EMA of the student. An update takes `critic_updates` batches. On
+    each the student generates X and the critic takes a step of flow matching on X, so that it knows
+    what the student makes now. On the last one the student is updated first, by student_loss. A
+    clip is restored from its own sound; other words come in evaluation only. The learning rates are
+    constant. The init that it starts from is a blur: see weights/README.md."""
     device = clips.video.device
     steps = cfg.dmd_steps
     B = cfg.dmd_batch // world_size()
@@ -476,13 +479,13 @@ def train_dmd(cfg, teacher, init, clips, expert, judge, val):
     rng = torch.Generator(device)
     start = saved = time.time()
     for step in range(first, steps + 1):
-        rng.manual_seed(step_seed(cfg.seed + 2, step))
+        rng.manual_seed(step_seed(cfg.seed + 2, step))  # init: + 1, the teacher: + 0
         for turn in range(1, cfg.critic_updates + 1):
             students_turn = turn == cfg.critic_updates
             batch = clips.sample_batch(B, cfg, rng)
 
-            # The student dubs the batch, up to one of its calls, drawn by chance: the same one in
-            # all processes, so that none waits for another.
+            # After which call the student stops is drawn at random; the same in all processes, so
+            # that they take equally long.
             shared_rng = np.random.default_rng([cfg.seed, step, turn])
             exit_step = int(shared_rng.integers(cfg.num_steps))
             with torch.set_grad_enabled(students_turn), autocast(student):
@@ -544,7 +547,9 @@ def set_up(cfg):
     runtime.join_others(cfg.device)
     if cfg.batch % world_size() or cfg.dmd_batch % world_size():
         batches = f"{cfg.batch} or {cfg.dmd_batch}"
-        raise UserError(f"{world_size()} processes do not share a batch of {batches}")
+        raise UserError(
+            f"--batch and --dmd_batch, {batches}: choose multiples of {world_size()} processes"
+        )
     device = runtime.find_device(cfg.device, cfg.precision)
     check_memory(cfg, net, device)
     cfg.out = cfg.out or f"out/{cfg.config}"
@@ -570,8 +575,8 @@ def check_memory(cfg, net, device):
     there = runtime.total_memory(device)
     for what, size in need.items():
         if size > there:
-            amount = f"{size / 1e9:.0f} GB of memory needed, and {device} has {there / 1e9:.0f}"
-            raise UserError(f"{what}: over {amount}; choose less")
+            amount = f"more than {size / 1e9:.0f} GB of memory; {device} has {there / 1e9:.0f}"
+            raise UserError(f"{what} needs {amount}; choose less")
 
 
 def load_clips(cfg, split, device):

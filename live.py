@@ -3,7 +3,7 @@
     python live.py                # prints an address on this machine; open it in a browser
     python live.py --weights out/small/student.pt
 
-The page, live.html, records 480 ms of sound at a time and posts them. The answer holds the 12
+The page, live.html, records 480 ms of sound at a time and posts it. The answer holds the 12
 frames that go with them, and what the student did for them: its guesses, the latent frames that it
 looked back at, and how long each pass took. The page shows the frames by the clock of the sound.
 """
@@ -42,11 +42,11 @@ from syncnet import find_weights
 PAGE = Path(__file__).with_name("live.html")
 AHEAD = HOP * AUDIO_AHEAD + MEL_REACH  # samples that a chunk hears beyond its own
 GUIDANCE = 2.0  # of the teacher
-SPEEDS = "1", "2", "4", "teacher"  # denoising steps of the student, or the teacher
+STEP_CHOICES = "1", "2", "4", "teacher"  # denoising steps of the student, or the teacher
 MAX_PAGES = 4
 IDLE_SECONDS = 5.0  # after which a page gives up its place, should another one want it
 MAX_BODY = 1 << 20  # bytes of a request
-MAX_TEXT = 300  # letters
+MAX_TEXT = 300  # characters
 # The page needs nothing but this server, and no other page may frame it.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; "
@@ -84,8 +84,8 @@ class Recording:
 
 
 class TeacherStreamer:
-    """The guided teacher in a Streamer's place: 100 passes a chunk (50 of twice the batch). It sees
-    the chunk alone; on a whole clip, as it was trained, it would be later still."""
+    """The guided teacher in a Streamer's place: 50 passes a chunk, each of a doubled batch. It sees
+    the chunk alone; on a whole clip, as in its training, the delay would be longer."""
 
     def __init__(self, net, blend=True):
         self.net = net
@@ -112,8 +112,8 @@ class TeacherStreamer:
 
 @contextlib.contextmanager
 def watched(net):
-    """Inside this `with`, each pass of the network adds to a list: (t, the time that it was asked
-    about, 0 in the cache pass; ms that it took; x0, what it predicted, None in the cache pass)."""
+    """Inside this `with`, each pass of the network appends (t, milliseconds, x0) to a list. In the
+    cache pass t is 0 and x0 is None."""
     passes = []
     device = net.final_layer.weight.device
     start = 0.0
@@ -244,7 +244,7 @@ class Studio:
 
     def __init__(self, student, teacher):
         self.nets = {"teacher": teacher}
-        for steps in SPEEDS[:-1]:
+        for steps in STEP_CHOICES[:-1]:
             net = copy.copy(student)  # the same weights
             net.cfg = dataclasses.replace(student.cfg, num_steps=int(steps))
             self.nets[steps] = net
@@ -261,7 +261,9 @@ class Studio:
         face = request.get("face", 0)
         picture = request.get("picture")
         if net is None or type(face) is not int or not 0 <= face < 1 << 20:
-            raise Refused(400, f"steps: one of {', '.join(SPEEDS)}; face: a whole number from 0 on")
+            raise Refused(
+                400, f"steps: one of {', '.join(STEP_CHOICES)}; face: a whole number from 0 on"
+            )
         if picture is not None and type(picture) is not str:
             raise Refused(400, "a picture comes as a data URL")
         page = self.compute(Page, net, face, picture)
@@ -280,7 +282,9 @@ class Studio:
         with self.lock:
             page = self.pages.get(name)
             if page is None:
-                raise Refused(410, "this page gave up its place; it opens again")
+                raise Refused(
+                    410, "the server has closed this page, since another one needed its place"
+                )
             page.used = time.monotonic()
         return page
 
@@ -295,7 +299,7 @@ class Studio:
         text = request.get("text")
         voice = request.get("voice")
         if type(text) is not str or not text.strip() or len(text) > MAX_TEXT:
-            raise Refused(400, f"give a text of 1 to {MAX_TEXT} letters")
+            raise Refused(400, f"give a text of 1 to {MAX_TEXT} characters")
         if str(voice) not in voices.LANGUAGES:
             raise Refused(400, f"the languages are {', '.join(voices.LANGUAGES)}")
         return self.compute(voices.say, text, voice).astype("<f4").tobytes()
@@ -374,10 +378,12 @@ class Handler(BaseHTTPRequestHandler):
         pointed to this machine is not ours."""
         host = self.headers.get("Host", "")
         if not self.server.is_ours(split(f"//{host}").hostname):
-            raise Refused(403, f"not under the name {host}")
+            raise Refused(
+                403, f"no page has the name {host} here; use the address that was printed"
+            )
         origin = self.headers.get("Origin")
         if origin != f"http://{host}" and not (origin is None and self.command == "GET"):
-            raise Refused(403, "not from another page")
+            raise Refused(403, "requests from other pages are refused")
 
     def body(self):
         length = self.headers.get("Content-Length", "")
@@ -413,7 +419,7 @@ class Server(ThreadingHTTPServer):
 
     def is_ours(self, name):
         """Is this a name that our pages know the server by?"""
-        if self.host == "127.0.0.1":
+        if self.host in ("127.0.0.1", "localhost"):
             return name in ("127.0.0.1", "localhost")
         try:
             ipaddress.ip_address(name or "")  # nobody can point a number elsewhere
@@ -431,7 +437,7 @@ class Server(ThreadingHTTPServer):
 class Options:
     weights: str = opt("", "the checkpoint of a student; the bundled one if not given")
     teacher: str = opt("", "the checkpoint of a teacher; the bundled one if not given")
-    port: int = opt(8000, "the number of the port; 0: any that is free", least=0)
+    port: int = opt(8000, "the number of the port; 0: any that is free", least=0, most=65535)
     host: str = opt(
         "127.0.0.1", "the address to listen at; another than this machine's lets others in"
     )
@@ -463,10 +469,10 @@ def serve(cfg):
 def main(argv):
     cfg = runtime.options(Options, argv, __doc__)
     server = serve(cfg)
-    if cfg.host != "127.0.0.1":
+    if cfg.host not in ("127.0.0.1", "localhost"):
         print(
-            "Everybody who reaches this machine can use this page. (Browsers give it the microphone"
-            " on this machine alone.)"
+            "Everybody who reaches this machine can use the page. (Elsewhere browsers let it play"
+            " and record only through an ssh tunnel, or https.)"
         )
     print(f"http://{cfg.host}:{server.server_port}    (Ctrl-C stops it)", flush=True)
     with server:

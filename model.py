@@ -162,8 +162,15 @@ class KVCache:
 
     The first len(frames) of the sink + window places are filled. When a chunk is finished, a pass
     over it at t = 0 stores its keys and values behind those (`update`, in every block); `evict`
-    then drops what the next chunk does not see. After chunk 0 the frames [0, 1, 2] are held, after
-    chunk 1 [0, 3, 4, 5], after chunk 2 [0, 6, 7, 8]."""
+    then drops what the next chunk does not see:
+
+        chunk   held while it is made   stored after it   kept for the next one
+          0                                 0 1 2             0 1 2
+          1          0 1 2                  3 4 5             0 3 4 5
+          2          0 3 4 5                6 7 8             0 6 7 8
+          3          0 6 7 8                9 10 11           0 9 10 11
+
+    From chunk 2 on, the same places are read and written each time, as a CUDA graph does."""
 
     def __init__(self, net, batch):
         cfg = net.cfg
@@ -471,7 +478,7 @@ def load_dit(path, device="cpu", dtype=torch.float32, like=None):
     for key in ("size", "patch", "width", "depth", "heads") if like else ():
         if there[key] != (here := getattr(like, key)):
             what = f"{key} is {there[key]} there and {here} here"
-            raise UserError(f"{path}: {what}; that config, or another --out")
+            raise UserError(f"{path}: {what}; use that option, or another checkpoint")
     net = runtime.restore(path, lambda: DiT(Config(**there)), state["model"])
     net.stage = state["stage"]
     return net.to(device, dtype).eval().requires_grad_(False)

@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 BUNDLED = Path(__file__).parent / "weights"
 # The help and the choices of an option.
 PRECISIONS = (
-    "type that products are made in; the one that the device makes fastest if not given",
+    "number type of matrix products; the device's fastest if not given",
     ("float32", "bfloat16"),
 )
 precision = ""  # what --precision says, for the whole process; "": what the device does fast
@@ -38,7 +38,7 @@ WORLD = "faces.py", "voices.py", "data.py"
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend. Printed as one line; exit code 2."""
+    """An error that the user can fix. Printed as one line; exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,7 +109,7 @@ def run(main):
     try:
         main(sys.argv[1:])
     except (UserError, torch.OutOfMemoryError) as e:
-        full = "the GPU's memory is full; fewer --clips, or a smaller batch"
+        full = "out of GPU memory; use fewer --clips, or a smaller --batch and --dmd_batch"
         print(f"error: {e if isinstance(e, UserError) else full}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -158,7 +158,8 @@ def fast_dtype(device):
 
 
 def autocast(net):
-    """Autocast to fast_dtype, unless the weights are in it. Its cache would cut off gradients."""
+    """Autocast to fast_dtype, unless the weights are in it. Its cache is off: weights that were
+    cast without gradient would be used again where a gradient is needed."""
     weight = next(net.parameters())
     on = weight.dtype == torch.float32 and fast_dtype(weight.device) == torch.bfloat16
     return torch.autocast(weight.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
@@ -392,7 +393,7 @@ def load(path, kind):
         found = state["kind"]
     except Exception as e:  # on a file that is none of ours torch.load raises almost anything
         why = f"({type(e).__name__}); delete it, or name another"
-        raise UserError(f"{path}: no checkpoint of this project {why}") from None
+        raise UserError(f"{path}: not a checkpoint of this project {why}") from None
     if found != kind:
         raise UserError(f"{path}: a checkpoint of kind {found}, where {kind} is needed")
     return state
@@ -424,9 +425,9 @@ def resume_path(cfg, stage):
 
 
 def result(stage, cfg, bundled=False):
-    """The path of a checkpoint that a stage takes instead of training, said in one line, or None.
-    It lies in --out; an expert's may lie beside --teacher; and where a `bundled` one will do, it
-    may lie in the folder --weights, which the preset small names."""
+    """The path of a checkpoint to take for this stage, which is printed, or None if it must be
+    trained. Searched in order: --out; beside --teacher, for the experts; where a `bundled` one will
+    do, the folder --weights, which the preset small names."""
     own = Path(cfg.out, f"{stage}.pt")
     expert = stage in ("judge", "syncnet")
     if cfg.fresh:
@@ -451,7 +452,10 @@ def result(stage, cfg, bundled=False):
     made = ", made with " + " ".join(changed) if changed else ""
     print(f"{stage}: {path}{made} (--fresh makes everything anew)", flush=True)
     if state.get("source_hash", source_hash()) != source_hash():
-        print(f"{stage}: {path} was trained on other drawn people; --fresh makes everything anew")
+        print(
+            f"{stage}: {path} was made with another faces.py, voices.py or data.py; --fresh makes"
+            " everything anew"
+        )
     return path
 
 

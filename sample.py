@@ -3,7 +3,7 @@
     python sample.py                                    # a held-out drawn face: out/dub.mp4
     python sample.py --audio speech.wav                 # a drawn person says it
     python sample.py --text "Guten Tag" --voice de --face 7     # another one says this
-    python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,128
+    python sample.py --video IN.mp4 --audio IN.wav --out OUT.mp4 --box 40,10,110
     python sample.py --video IN.mp4 --audio IN.wav --out - | ffplay -f rawvideo \\
         -pixel_format rgb24 -video_size 640x480 -framerate 25 -     # IN.mp4's size
 
@@ -51,7 +51,7 @@ from syncnet import find_weights
 
 SHIFT = 5.0  # of the time grid (paper: 5)
 STEPS = 50  # of the teacher's grid (paper: 50)
-LOUDEST = 100  # sample of a sound: more was not scaled to -1..1
+LOUDEST = 100  # sample that is taken; a larger one means that the sound was not scaled to -1..1
 FACE_SECONDS = 8  # of a drawn person, played back and forth
 FACE_SCALE = 3  # of the picture that he is shown in
 # How far a token's first frame leans to the one before it: inside a chunk, and at its start.
@@ -72,8 +72,9 @@ def grid_time(j, steps=STEPS):
 
 def denoising_times(cfg):
     """The times of the student's calls: noise (told as .999, the last time that training knows),
-    then on to the landing. At j = 30 half as much of the first guess is left in x_t as at 40
-    (.23, .44): more is invented anew, and with a small network that is softer."""
+    then on to the landing. At j = 30 (the paper's) x_t keeps half as much of the first prediction
+    as at 40 (.23, .44). The rest must be predicted again, which gives a small network softer
+    mouths."""
     last = cfg.num_steps - 1
     return [0.999] + [grid_time(cfg.landing * i / last) for i in range(1, last + 1)]
 
@@ -199,8 +200,8 @@ def seeded(seed):
 def denoise_chunk(net, cond, cache, noise, exit_step=None):
     """The student's calls for one chunk: Cond -> x0 (B, chunk, N, P) float32.
 
-    noise(x): Gaussian noise of the shape of x. exit_step: the number of the call to stop at, the
-    only one that carries gradient (if that is on); the last one if not given."""
+    noise(x): Gaussian noise of the shape of x. exit_step: the index, from 0, of the call to stop
+    at, the only one that carries gradient (if that is on); the last one if not given."""
     times = denoising_times(net.cfg)
     if exit_step is None:
         exit_step = len(times) - 1
@@ -243,7 +244,8 @@ def noise_like(x, rng):
 def rollout(net, cond, exit_step, rng):
     """`generate` for training (Self-Forcing): the student's own clip (B, L, N, P), chunk by chunk
     as at inference, but stopped in every chunk at the same call, see denoise_chunk. Gradient, if
-    on, goes through that call alone: none passes through the cache from chunk to chunk."""
+    on, goes through that call and the embedding of its conditions; none passes through the cache
+    from chunk to chunk. (The cache is overwritten later without harm: attend_cached copies.)"""
     cache = KVCache(net, batch=len(cond.tokens))
     outputs = []
     for chunk in in_chunks(cond, net.cfg.chunk):
@@ -317,7 +319,7 @@ class Streamer:
     by kernels.py: set net.fused.)"""
 
     def __init__(self, net, seed=0, cuda_graph=False, blend=True):
-        """blend: see to_frames. Noise is the device's own: another GPU or CPU, other details."""
+        """blend: see to_frames. Noise is drawn on the device: on another one, details differ."""
         self.net = net
         self.device = net.final_layer.weight.device
         if cuda_graph and self.device.type != "cuda":
@@ -423,8 +425,8 @@ def play(path, total):
 
 
 def dub_face(net, cfg, audio):
-    """A drawn person of held-out people says `audio`, samples or a Sound -> cfg.out, in sound and
-    picture. He was drawn saying other words, for FACE_SECONDS; they are played back and forth."""
+    """A held-out drawn person says `audio`, samples or a Sound -> cfg.out, in sound and picture.
+    The face was drawn saying other words, for FACE_SECONDS; this is played back and forth."""
     seed = SPLITS["held-out"] + 2 * cfg.face
     face = render_clip(seed, FACE_SECONDS * FPS, net.cfg.size).video
     there_and_back = torch.cat([face, face[1:-1].flip(0)])

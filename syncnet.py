@@ -172,8 +172,9 @@ def gradient_energy(video):
 
 @torch.no_grad()
 def reward_weights(expert, rectangle, mel, beta):
-    """exp(beta Sync-C) over its mean in the batch -> (B,), and the mean Sync-C. Clips in sync count
-    for more. Without gradient: that would paint whatever pixels please the expert.
+    """-> weights (B,), exp(beta Sync-C) over its mean in the batch, and the mean Sync-C. Clips in
+    sync count for more. No gradient flows: it would teach the student to please the expert with any
+    pixels.
 
     Sync-C of unit vectors is a tenth of the paper's: beta 20 here is what 2 is there. (The paper's
     weights are not over their mean. That changes DMD's share against the perceptual loss from batch

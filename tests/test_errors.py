@@ -64,8 +64,8 @@ sample --video good.mp4 --out out --weights student --box -1,0,32: as in --box=-
 sample --video good.mp4 --out out --weights student --box=-1,0,32: not inside the picture
 sample --video good.mp4 --out out --weights missing: no such file
 sample --video good.mp4 --out out --weights folder: name a file in it
-sample --video good.mp4 --out out --weights text.pt: no checkpoint of this project
-sample --video good.mp4 --out out --weights other.pt: no checkpoint of this project
+sample --video good.mp4 --out out --weights text.pt: not a checkpoint of this project
+sample --video good.mp4 --out out --weights other.pt: not a checkpoint of this project
 sample --video good.mp4 --out out --weights teacher.pt: cannot stream
 sample --video good.mp4 --out out --weights shape.pt: made by other code (size mismatch
 sample --text hi --voice xx --weights student: eSpeak has no such voice
@@ -138,7 +138,7 @@ def test_every_number_has_a_range(script):
 )
 def test_what_no_memory_holds_is_refused_at_once(given, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "total_memory", lambda device: 10**12)
-    said = f"^--{given.replace('=', ' ')}.*: over .* GB .* needed, and cpu has 1000; choose less$"
+    said = f"^--{given.replace('=', ' ')}.* needs more than .* GB .*; cpu has 1000; choose less$"
     with pytest.raises(runtime.UserError, match=said):
         distill.main([f"--{given}", f"--out={tmp_path}/out", "--device=cpu"])
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
@@ -181,5 +181,7 @@ def test_a_device_may_be_written_in_capitals():
 
 def test_a_batch_is_shared_by_all_processes(cfg, monkeypatch):
     monkeypatch.setattr(distill, "world_size", lambda: 2)
-    with pytest.raises(runtime.UserError, match="2 processes do not share a batch of 3 or 2"):
+    with pytest.raises(
+        runtime.UserError, match="--batch and --dmd_batch, 3 or 2: choose multiples of 2"
+    ):
         distill.set_up(dataclasses.replace(cfg, batch=3))

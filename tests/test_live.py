@@ -114,7 +114,7 @@ def test_its_frames_are_those_of_a_file(server):
         assert (frames.float() - dub[24:36].float()).abs().mean() > 4 or c == 2
 
 
-@pytest.mark.parametrize("steps", live.SPEEDS)
+@pytest.mark.parametrize("steps", live.STEP_CHOICES)
 def test_it_tells_what_was_computed(server, steps):
     page = opened(server, steps=steps)
     net = server.studio.nets[steps]
@@ -168,11 +168,11 @@ POST /open {"steps": "3"}: 400: steps: one of 1, 2, 4, teacher
 POST /open {"steps": ["2"], "page": {}}: 400: steps: one of 1, 2, 4, teacher
 POST /open {"picture": "/etc/passwd"}: 400: no PNG picture
 POST /open {"picture": 7}: 400: a data URL
-POST /say {"text": "", "voice": "de"}: 400: 1 to 300 letters
+POST /say {"text": "", "voice": "de"}: 400: 1 to 300 characters
 POST /say {"text": "a", "voice": "../de"}: 400: the languages are
 POST /say {"text": "a", "voice": ["de"]}: 400: the languages are
 POST /say {"text": "...", "voice": "de"}: 400: nothing to say
-POST /chunk?page=none {}: 410: gave up its place
+POST /chunk?page=none {}: 410: needed its place
 """
 
 
@@ -387,7 +387,7 @@ def test_a_sound_file_and_a_picture_are_dropped(tab, sentence):
     tab.evaluate(DROP, [sound, "audio/wav", "sound.wav"])
     wait_for_frames(tab, 12)
     tab.evaluate(DROP, ["AAAA", "audio/wav", "broken.wav"])
-    wait_for(tab, "broken.wav: no sound")
+    wait_for(tab, "broken.wav: this browser cannot")
 
 
 def test_the_microphone_is_refused(browser, bundled):
