@@ -28,7 +28,7 @@ AUDIO_BACK = 16  # mel frames heard before a latent frame's own 16
 AUDIO_AHEAD = 12  # and after: the look-ahead, a part of the latency
 SILENCE = (-5 + 1.5) / 3  # log-mel of nothing, for the frames before and after a file
 CLIP_LATENTS = 30  # latent frames of a training clip, 4.8 s: some are left for the reference
-BEND = 0.07  # deviation, in log-mel, of the equalizer that training puts before the ears: 2 dB
+EQUALIZER = 0.07  # deviation, in log-mel, of the equalizer that training hears through: 2 dB
 ASIDE = 0.15  # the mouth mask leaves out this share of the picture at either side
 STILL = 0.2  # share of reference chunks that are one frame held still, as a stream starts with
 
@@ -58,9 +58,9 @@ def log_mel(audio):
     return (mel.clamp(min=1e-5).log10() + 1.5) / 3
 
 
-def bend(mel, rng):
+def equalize(mel, rng):
     """mel (B, M, MELS) through an equalizer drawn for each of B: another microphone."""
-    points = BEND * torch.randn(len(mel), 1, 5, generator=rng, device=mel.device)
+    points = EQUALIZER * torch.randn(len(mel), 1, 5, generator=rng, device=mel.device)
     curve = F.interpolate(points, mel.shape[2], mode="linear", align_corners=True)
     return (mel + curve).clamp(min=SILENCE)
 
@@ -135,7 +135,7 @@ class Batch(NamedTuple):
     source: torch.Tensor  # (B, T, S, 3S/4, 3) uint8, see `middle`
     reference: torch.Tensor  # the same shape: the same people at other moments
     heard: torch.Tensor  # (B, back + 16 L + ahead, MELS), see `hearing`
-    mel: torch.Tensor  # (B, 4 T, MELS), the part of it that belongs to the frames
+    mel: torch.Tensor  # (B, 4 T, MELS), the part of it that coincides with the frames
 
 
 class Clips:
@@ -175,7 +175,7 @@ class Clips:
         return clip, start
 
     def moments(self, B, T, rng):
-        """B random stretches of T frames: video (B, T, S, 3S/4, 3) uint8, mel, shape."""
+        """B random stretches of T frames: video (B, T, S, 3S/4, 3) uint8, mel, mouth."""
         clip, start = self.pick(B, T, rng)
         frames = start + torch.arange(T, device=start.device)
         mel_frames = 4 * start + torch.arange(4 * T, device=start.device)
@@ -223,6 +223,6 @@ class Clips:
         in_clip = (mel_frames >= 0) & (mel_frames <= last)
         heard = self.mel[clip, mel_frames.clamp(0, last)]
         heard = torch.where(in_clip[..., None], heard, SILENCE)
-        heard = bend(heard, rng)
+        heard = equalize(heard, rng)
         mel = heard[:, AUDIO_BACK : AUDIO_BACK + 4 * T]
         return Batch(source, reference, heard, mel)

@@ -292,7 +292,7 @@ def dub_pair(index, frames, size, split="held-out", language=None, device="cpu")
 
 
 def drawn_clips(split, size, frames, device):
-    """The people of a split without end, as data.Clips takes them: (video, audio, shape) each."""
+    """The people of a split without end, as data.Clips takes them: (video, audio, mouth) each."""
     for i in itertools.count():
         yield render_clip(SPLITS[split] + 2 * i, frames, size, device=device)
 

@@ -296,16 +296,16 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
     T = min(48, clips.video.shape[1])
     log_every = max(1, steps // 5)
     for step in range(1, steps + 1):
-        video, mel, shape = clips.moments(BATCH, T, rng)
+        video, mel, mouth = clips.moments(BATCH, T, rng)
         # Another equalizer and brightness each time: timing is what counts.
         light = torch.randn(BATCH, 1, 1, 1, 1, generator=rng, device=device)
         rectangle = to_float(video.chunk(2, 2)[1]) * (1 + 0.1 * light)
         with runtime.autocast(net):
             _, v, read = net.encode_video(rectangle)
-            a = net.encode_audio(data.bend(mel, rng))
+            a = net.encode_audio(data.equalize(mel, rng))
         loss, hits = nce(v, a, net.log_scale.exp().clamp(max=100))
         if drawn:
-            loss = loss + ((read - shape) / 0.03).square().mean()
+            loss = loss + ((read - mouth) / 0.03).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

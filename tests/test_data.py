@@ -16,7 +16,7 @@ def test_hearing_reaches_back_and_ahead():
 
 def test_references_come_from_outside_the_sample(clips, cfg, monkeypatch):
     """Of frames that hold their clip and number, and the true mel."""
-    monkeypatch.setattr(data, "BEND", 0.0)
+    monkeypatch.setattr(data, "EQUALIZER", 0.0)
     n, T = clips.video.shape[:2]
     numbered, frames = copy.copy(clips), torch.cartesian_prod(torch.arange(n), torch.arange(T))
     numbered.video = frames.to(torch.uint8).view(n, T, 1, 1, 2)
@@ -41,8 +41,8 @@ def test_references_come_from_outside_the_sample(clips, cfg, monkeypatch):
 def test_another_microphone_bends_the_spectrum_of_each_clip_and_adds_no_sound():
     mel = torch.full((400, 8, data.MELS), 0.3)
     mel[:, :4] = data.SILENCE
-    bent = data.bend(mel, torch.Generator().manual_seed(0))
+    bent = data.equalize(mel, torch.Generator().manual_seed(0))
     assert bent.min() >= data.SILENCE and torch.equal(bent[:, 4], bent[:, 7])  # all moments alike
     change = bent[:, 4] - 0.3
-    assert change.std(0).max() == pytest.approx(data.BEND, rel=0.15) and change.mean() < 0.01
-    assert change.diff(dim=1).abs().max() < data.BEND  # smooth over the bands
+    assert change.std(0).max() == pytest.approx(data.EQUALIZER, rel=0.15) and change.mean() < 0.01
+    assert change.diff(dim=1).abs().max() < data.EQUALIZER  # smooth over the bands
