@@ -153,9 +153,6 @@ class Config(model.Config):
         "shift of the times in DMD; less: sharper (paper: 5)",
         least=0.01,
     )
-    dmd_perceptual_weight: float = opt(
-        0.3, "weight of the perceptual loss in DMD; more: nearer to the one truth (paper: 0)"
-    )
     guidance_scale: float = opt(
         2.0, "guidance of the teacher in DMD; more: more in sync, less real (paper: 4.5)"
     )
@@ -191,7 +188,6 @@ PRESETS = {
         init_steps=100,
         init_lr=5e-4,
         dmd_steps=45,
-        dmd_perceptual_weight=0.0,
         student_lr=1e-4,
         critic_lr=2e-4,
     ),
@@ -205,10 +201,9 @@ PRESETS = {
         t_shift=3.5,
         weight_clip=4.0,
         init_steps=60,
-        dmd_steps=40,
-        dmd_perceptual_weight=0.1,
-        student_lr=4e-5,
-        critic_lr=1.5e-4,
+        dmd_steps=80,
+        student_lr=1e-4,
+        critic_lr=2e-4,
     ),
 }
 
@@ -434,9 +429,7 @@ def dmd_loss(X, g, weight):
 
 def student_loss(cfg, X, batch, teacher, critic, expert, rng):
     """The student's output X (B, L, N, P) -> the loss, and X's mean Sync-C. The loss has DMD's
-    gradient with respect to X, from what critic and teacher predict from the same noisy X, and the
-    perceptual loss's."""
-    truth = target(batch)
+    gradient with respect to X, from what critic and teacher predict from the same noisy X."""
     with torch.no_grad():
         t = sample_times(len(X), cfg.dmd_shift, rng)
         x_t = add_noise(X, noise_like(X, rng), t)
@@ -448,12 +441,7 @@ def student_loss(cfg, X, batch, teacher, critic, expert, rng):
         pred_fake = critic(x_t, t, embed(critic, batch)).float()
         g = dmd_gradient(pred_fake, pred_real, X)
         weight, sync_c = reward_weights(expert, to_pixels(X, cfg.patch), batch.mel, cfg.beta)
-    loss = dmd_loss(X, g, weight)
-    if cfg.dmd_perceptual_weight:
-        # As the regression of the first DMD (arXiv 2311.18828), but in the expert's eyes.
-        perceptual = token_perceptual_loss(expert, X, truth, cfg.patch)
-        loss = loss + cfg.dmd_perceptual_weight * perceptual
-    return loss, sync_c
+    return dmd_loss(X, g, weight), sync_c
 
 
 def train_dmd(cfg, teacher, init, clips, expert, judge, val):
