@@ -449,7 +449,7 @@ def train_dmd(cfg, teacher, init, clips, expert, judge, val):
     each the student generates X and the critic takes a step of flow matching on X, so that it knows
     what the student makes now. On the last one the student is updated first, by student_loss. A
     clip is restored from its own sound; other words come in evaluation only. The learning rates are
-    constant. The init that it starts from is a blur: see weights/README.md."""
+    constant. The init that it starts from is a blur: sharpness .32 at small, gain .41."""
     device = clips.video.device
     steps = cfg.dmd_steps
     B = cfg.dmd_batch // world_size()
