@@ -453,7 +453,7 @@ def result(stage, cfg, bundled=False):
     print(f"{stage}: {path}{made} (--fresh makes everything anew)", flush=True)
     if state.get("source_hash", source_hash()) != source_hash():
         print(
-            f"{stage}: {path} was made with another faces.py, voices.py or data.py; --fresh makes"
+            f"{stage}: {path} comes from another faces.py, voices.py or data.py; --fresh makes"
             " everything anew"
         )
     return path

@@ -241,7 +241,7 @@ def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
     torch.save(state | dict(source_hash="another"), tmp_path / "init.pt")
     said, trained = job("--stage", "init")
     assert not trained and "made with" not in said
-    warning = "was made with another; --fresh makes everything anew"
+    warning = "comes from another faces.py, voices.py or data.py; --fresh makes everything anew"
     assert said.count(warning) == said.count(f"init: {tmp_path}/init.pt {warning}") == 1
     del state["source_hash"]  # as one of before
     torch.save(state, tmp_path / "init.pt")
