@@ -159,7 +159,7 @@ def test_text(server):
 
 REFUSED = """
 GET /../live.py: 404: nothing but /
-GET /weights/small/judge.pt: 404: nothing but /
+GET /judge.pt: 404: nothing but /
 POST /nowhere {}: 404: no such place
 POST /open []: 400: no JSON object
 POST /open {"face": -1}: 400: face: a whole number

@@ -318,9 +318,9 @@ def test_an_ffmpeg_that_does_not_run_is_said_with_the_cure(script, why, base, ot
             read(base)
 
 
-def test_no_ffmpeg_at_all(base, monkeypatch):
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/ffmpeg")
-    with pytest.raises(runtime.UserError, match="no ffmpeg .*'/no/ffmpeg'.; pip install -U"):
+def test_no_ffmpeg_at_all(base, monkeypatch, tmp_path):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", f"{tmp_path}/none")
+    with pytest.raises(runtime.UserError, match="no ffmpeg .*/none'.; pip install -U"):
         media.Sound(base)
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
     monkeypatch.setattr(imageio_ffmpeg._utils, "_get_ffmpeg_exe", lambda: None)
