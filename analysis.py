@@ -9,6 +9,7 @@ Figures are written to out/bench/. The README's tables are made by bench.py.
 import copy
 import dataclasses
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,14 +20,26 @@ import faces
 import model
 import runtime
 import sample
-from bench import COLUMNS, CommonOptions, by_parts, checkpoint, judged, networks, run_command
+from bench import (
+    COLUMNS,
+    LATENTS,
+    CommonOptions,
+    beyond_chance,
+    by_parts,
+    checkpoint,
+    compare,
+    evaluate,
+    networks,
+    run_command,
+    summarize,
+)
 from data import mouth_rectangle
 from model import load_dit
 from runtime import UserError, opt
 from sample import STEPS, dub_student, grid_time
-from syncnet import table
+from syncnet import load_syncnet, table
 
-PEOPLE = {"trajectory": 12, "ablate": 64}  # how many there are unless --clips is given
+PEOPLE = {"trajectory": 12, "ablate": 256}  # how many there are unless --clips is given
 LABELS = {
     "sync_c": "Sync-C",
     "psnr": "PSNR (dB)",
@@ -39,24 +52,32 @@ LABELS = {
 }
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.5)  # scales at which 50 steps are walked to their end
 GUIDED = 2.0  # the one of them that is looked at step by step and in two steps
+BANDS = [range(first, first + 10) for first in range(0, STEPS, 10)]  # j guided alone
 LANDINGS = range(5, 50, 5)  # j at which a second step may begin
 PICTURED = (0, 4, 19, 49)  # j of the unguided guesses of which a figure shows the mouths
 
 VARIANTS = {  # what is changed of the preset, one thing at a time; options of distill.py
-    "as it is": {},  # which has beta 20, landing 40, 2 steps and 5 critic updates
-    "init alone": {"stage": "init"},
+    "as it is": {},
+    "init alone": {},  # which is looked at before DMD
+    "critic never trained": {"critic_lr": 0.0},
+    "1 critic update": {"critic_updates": 1},
     "never guided": {"sync_window": "off"},
     "guided everywhere": {"sync_window": "all"},
     "window reversed": {"sync_window": "reversed"},
+    "guidance 3": {"guidance_scale": 3.0},
+    "guidance 4.5": {"guidance_scale": 4.5},
     "no reward": {"beta": 0.0},
     "beta 5": {"beta": 5.0},
     "beta 40": {"beta": 40.0},
     "landing 30": {"landing": 30},
+    "DMD's times shifted by 5": {"dmd_shift": 5.0},
+    "no clean chunks in init": {"init_clean": 0.0},
+    "no perceptual loss in init": {"perceptual_weight": 0.0},
     "1 step": {"num_steps": 1},
     "4 steps": {"num_steps": 4},
-    "1 critic update": {"critic_updates": 1},
-    "critic never trained": {"critic_lr": 0.0},
 }
+# Init is made anew only for a row that changes one of these, else once for all rows of a seed.
+INIT_OPTIONS = "landing", "num_steps", "init_clean", "perceptual_weight"
 PAPER = {  # Sync-C and FVD of the same change there
     "as it is": "6.88, 119",
     "never guided": "6.14, 121",
@@ -128,10 +149,12 @@ class Looker:
         self.judge = judge
         self.moments = pairs.mouth[:3, :, 0].argmax(1)
         self.pictures = []  # (title, the mouths one above the other)
+        self.evaluations = {}  # by name
 
     def look(self, name, video, title="", **where):
         """-> a row: the measures and `where`. With a title, the mouths are kept under it."""
-        row = judged(video, self.pairs, self.judge)
+        self.evaluations[name] = evaluate(video, self.pairs, self.judge)
+        row = summarize(self.evaluations[name])
         print(f"{name}: Sync-C {row['sync_c']:.3f}", file=sys.stderr, flush=True)
         if title:
             people = range(len(self.moments))
@@ -139,6 +162,15 @@ class Looker:
             picture = mouths.flatten(0, 1).cpu().numpy()
             self.pictures.append((f"{title}\nsharp {row['sharpness']:.2f}", picture))
         return where | row
+
+    def minus(self, name, base):
+        """What was looked at under a name, less what was under another: see bench.compare."""
+        rng = np.random.default_rng(0)
+        return compare(self.evaluations[name], self.evaluations[base], rng)
+
+
+def step_name(guidance, j):
+    return f"guidance {guidance:g}, step {j}"
 
 
 def look_at_steps(windows, looker):
@@ -152,24 +184,36 @@ def look_at_steps(windows, looker):
                 continue
             pictured = guidance == 1.0 and j in PICTURED
             title = f"step {j + 1} of {STEPS}" if pictured else ""
-            name = f"guidance {guidance:g}, step {j}"
-            row = looker.look(name, windows.frames(x0), title, j=j)
+            row = looker.look(step_name(guidance, j), windows.frames(x0), title, j=j)
             if guidance in steps:
                 steps[guidance].append(row)
         ends.append(row | {"guidance": guidance})
     return steps, ends
 
 
-def look_at_window(windows, looker, window):
-    """Where 50 steps end that are guided at j in `window` alone -> a row."""
-    scales = [GUIDED if j in window else 1.0 for j in range(STEPS)]
-    for x0 in windows.walk(scales):
-        pass
-    return looker.look("guided in the window", windows.frames(x0))
+def look_at_bands(windows, looker, window):
+    """Where 50 steps end that are guided at the j of one band alone, of BANDS or the `window` ->
+    {band: a row}, and what it has more than no guidance, {band: differences}."""
+    rows = {}
+    differences = {}
+    for band in (*BANDS, window):
+        scales = [GUIDED if j in band else 1.0 for j in range(STEPS)]
+        for x0 in windows.walk(scales):
+            pass
+        name = f"guided at j {band[0]} to {band[-1]}"
+        rows[name] = looker.look(name, windows.frames(x0))
+        differences[name] = looker.minus(name, step_name(1.0, STEPS - 1))
+    return rows, differences
 
 
-def look_at_two_steps(windows, looker):
-    """Two steps -> {guidance in the first: {guidance in the second: a row for each landing}}."""
+def landing_name(first_guidance, guidance, landing):
+    return f"{first_guidance:g}, then {guidance:g} at {landing}"
+
+
+def look_at_two_steps(windows, looker, preset_landing):
+    """Two steps -> {guidance in the first: {guidance in the second: a row for each landing}}, and,
+    where only the second is guided, what a landing has more than the preset's, {landing:
+    differences}."""
     rows = {}
     for first_guidance in (1.0, GUIDED):
         rows[first_guidance] = {}
@@ -178,10 +222,15 @@ def look_at_two_steps(windows, looker):
             curve = []
             for landing in LANDINGS:
                 video = windows.frames(windows.second_guess(first, landing, guidance))
-                name = f"{first_guidance:g}, then {guidance:g} at {landing}"
+                name = landing_name(first_guidance, guidance, landing)
                 curve.append(looker.look(name, video, landing=landing))
             rows[first_guidance][guidance] = curve
-    return rows
+    base = landing_name(1.0, GUIDED, preset_landing)
+    differences = {}
+    for landing in LANDINGS:
+        if landing != preset_landing:
+            differences[landing] = looker.minus(landing_name(1.0, GUIDED, landing), base)
+    return rows, differences
 
 
 def first_guess_of(student):
@@ -238,7 +287,7 @@ def draw_curves(path, rows, recipe, people):
     scales = ", ".join(f"{guidance:g}" for guidance in GUIDANCES)
     curves = {
         f"50 steps, guidance {scales}": rows["ends"],
-        f"50 steps, {GUIDED:g} in the window, else 1": [rows["window"]],
+        f"50 steps, {GUIDED:g} in the window, else 1": list(rows["bands"].values())[-1:],
         f"2 steps, 1, then {GUIDED:g}, by landing": rows["two_steps"][1.0][GUIDED],
         "student, first guess and last": rows["student"],
         "truth": [rows["truth"]],
@@ -246,6 +295,28 @@ def draw_curves(path, rows, recipe, people):
     caption = f"Fixed guidance against schedules. {bars}"
     axes = [("frechet", "sync_c"), ("landmark", "sync_c"), ("sharpness", "sync_c")]
     panels(f"{path}-ends.png", caption, curves, axes)
+
+
+def draw_bands(path, differences, people):
+    """Save a figure of what guidance in each band brings, {name: differences} of look_at_bands."""
+    figure, grid = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
+    names = list(differences)
+    for panel, measure in zip(grid.flat, COLUMNS):
+        panel.axhline(0, color="0.7")
+        for place, name in enumerate(names):
+            difference, low, high = differences[name][measure]
+            color = "C0" if place < len(BANDS) else "C1"
+            panel.plot([place, place], [low, high], color=color)
+            panel.plot(place, difference, "o", color=color)
+        labels = [name.removeprefix("guided at j ").replace(" to ", "–") for name in names]
+        panel.set(xticks=range(len(names)), xticklabels=labels, xlabel="j that are guided")
+        panel.set_ylabel(f"{LABELS[measure]}, less unguided")
+    caption = (
+        f"What guidance {GUIDED:g} brings if only some of the 50 steps are guided, at their end."
+    )
+    figure.suptitle(f"{caption} {people}; bars: 95 %, paired.", fontsize="medium")
+    runtime.save_figure(figure, path, dpi=80)
+    plt.close(figure)
 
 
 def draw_mouths(path, looker, people):
@@ -268,18 +339,19 @@ def trajectory(cfg, device):
     guidance pays, where they end, and two steps; beside them the student and the truth."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     recipe = distill.Config(**distill.PRESETS[cfg.config])
-    pairs = faces.make_pairs(cfg.clips, teacher.cfg.size, "held-out", device)
+    pairs = faces.make_pairs(cfg.clips, teacher.cfg.size, "held-out", device, LATENTS)
     windows = Windows(teacher, pairs)
     looker = Looker(pairs, judge)
     steps, ends = look_at_steps(windows, looker)
-    in_window = look_at_window(windows, looker, range(recipe.sync_first, recipe.sync_last + 1))
-    two_steps = look_at_two_steps(windows, looker)
+    window = range(recipe.sync_first, recipe.sync_last + 1)
+    bands, of_bands = look_at_bands(windows, looker, window)
+    two_steps, of_landings = look_at_two_steps(windows, looker, recipe.landing)
     first = by_parts(dub_student, first_guess_of(student), pairs)
     last = by_parts(dub_student, student, pairs)
     rows = {
         "steps": steps,
         "ends": ends,
-        "window": in_window,
+        "bands": bands,
         "two_steps": two_steps,
         "student": [
             looker.look("student, first guess", first, "student, first guess"),
@@ -290,31 +362,116 @@ def trajectory(cfg, device):
     path = f"{cfg.out}/trajectory-{cfg.config}"
     people = f"{cfg.clips} held-out people"
     draw_curves(path, rows, recipe, people)
+    draw_bands(f"{path}-bands.png", of_bands, people)
     draw_mouths(f"{path}-mouths.png", looker, people)
-    return {"rows": rows}
+    table("50 steps", {f"guidance {row['guidance']:g}": row for row in ends} | bands, COLUMNS)
+    print("\nMore than unguided, beyond chance (95 %, paired bootstrap over people):")
+    of_ends = {}
+    for guidance in GUIDANCES[1:]:
+        of_ends[guidance] = looker.minus(step_name(guidance, STEPS - 1), step_name(1.0, STEPS - 1))
+        print(f"- guidance {guidance:g}: {beyond_chance(of_ends[guidance])}")
+    for name, differences in of_bands.items():
+        print(f"- {name}: {beyond_chance(differences)}")
+    table(
+        "two steps", {f"landing {row['landing']}": row for row in two_steps[1.0][GUIDED]}, COLUMNS
+    )
+    print(f"\nTwo steps, more than with landing {recipe.landing}, beyond chance:")
+    for landing, differences in of_landings.items():
+        print(f"- landing {landing}: {beyond_chance(differences)}")
+    minus = {"ends": of_ends, "bands": of_bands, "landings": of_landings}
+    return {"rows": rows, "minus": minus}
+
+
+def trained(stage, train, recipe, *parts):
+    """train(recipe, *parts), saved in the recipe's folder; if it is there already, it is not
+    trained again. UserError: it was made with other options."""
+    runtime.free_space(recipe.out)
+    path = Path(recipe.out, f"{stage}.pt")
+    with runtime.lock(recipe.out):
+        if path.is_file():
+            changed = runtime.changed_options(runtime.load(path, "dit"), recipe)
+            if changed:
+                raise UserError(
+                    f"{path} was made with {' '.join(changed)}: delete it, or choose another --out"
+                )
+        else:
+            net = train(recipe, *parts)
+            model.save_dit(path, net, stage, **distill.remembered(recipe))
+    return load_dit(path, recipe.device)
+
+
+def train_row(name, recipe, folder, teacher, *parts):
+    """The distillation with one thing changed -> the student. parts: clips, expert, judge, val."""
+    of_init = {option: value for option, value in VARIANTS[name].items() if option in INIT_OPTIONS}
+    words = ["init", *(f"{option}-{value}" for option, value in of_init.items()), str(recipe.seed)]
+    init_recipe = dataclasses.replace(recipe, out=f"{folder}/{'-'.join(words)}", **of_init)
+    init = trained("init", distill.train_init, init_recipe, teacher, *parts)
+    if name == "init alone":
+        return init
+    out = f"{folder}/{name.replace(' ', '-')}-{recipe.seed}"
+    recipe = dataclasses.replace(recipe, out=out, **VARIANTS[name])
+    return trained("student", distill.train_dmd, recipe, teacher, init, *parts)
+
+
+def over_seeds(found):
+    """{row: [what bench.compare found, one for each seed]} -> {row: {measure: (difference, low,
+    high)}}: the mean over seeds with its 95 % interval. Two sources of chance add up: the people,
+    who are the same in all trainings, and the trainings. Three of them are too few to tell how much
+    one row's vary, so their variance is the median of all rows'."""
+    merged = {name: {} for name in found}
+    for measure in COLUMNS:
+        differences = {}
+        of_people = {}  # variances of the mean
+        for name, seeds in found.items():
+            mean, low, high = np.array([seed[measure] for seed in seeds]).T
+            differences[name] = mean
+            of_people[name] = ((high - low) / (2 * 1.96)).mean() ** 2
+        count = len(mean)
+        of_trainings = 0.0
+        if count > 1:
+            variances = [values.var(ddof=1) for values in differences.values()]
+            of_trainings = np.median(variances) / count
+        for name, values in differences.items():
+            half = 1.96 * (of_people[name] + of_trainings) ** 0.5
+            merged[name][measure] = (values.mean(), values.mean() - half, values.mean() + half)
+    return merged
 
 
 def ablate(cfg, device):
-    """The distillation with one thing changed at a time, each from the same teacher and with the
-    same budget, then the judge. What is in a row's folder already is not trained again."""
+    """The distillation with one thing changed at a time, each from the same teacher, on the same
+    clips and with the same budget, then the judge, on the same people."""
     words = [word.strip() for word in cfg.only.split(",")]
     wanted = [name for name in VARIANTS if any(word in name for word in words)]
     if not wanted:
         raise UserError(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
-    teacher = checkpoint(cfg, "teacher")
+    base = next(iter(VARIANTS))
+    wanted = [base] + [name for name in wanted if name != base]  # which all are compared with
     (judge,) = networks(cfg, device)
-    pairs = faces.make_pairs(cfg.clips, load_dit(teacher).cfg.size, "held-out", device)
+    expert = load_syncnet(checkpoint(cfg, "syncnet"), device)
+    recipe = distill.Config(**distill.PRESETS[cfg.config], config=cfg.config, device=str(device))
+    recipe.teacher = str(checkpoint(cfg, "teacher"))
+    teacher = load_dit(recipe.teacher, device)
+    clips = distill.load_clips(recipe, "train", device)
+    val = faces.make_pairs(2, recipe.size, "val", device)  # for the log alone
+    pairs = faces.make_pairs(cfg.clips, recipe.size, "held-out", device, LATENTS)
+    folder = f"{cfg.out}/ablate-{cfg.config}"
     rows = []
+    differences = {name: [] for name in wanted[1:]}
+    rng = np.random.default_rng(cfg.seed)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        of_seed = dataclasses.replace(recipe, seed=seed)
         for name in wanted:
-            out = f"{cfg.out}/ablate-{cfg.config}/{name.replace(' ', '-')}-{seed}"
-            options = {"config": cfg.config, "teacher": teacher, "seed": seed, "out": out}
-            options |= {"device": device} | VARIANTS[name]
-            distill.main([f"--{key}={value}" for key, value in options.items()])
-            stage = VARIANTS[name].get("stage", "student")
-            net = load_dit(f"{out}/{stage}.pt", device, runtime.fast_dtype(device))
-            row = judged(by_parts(dub_student, net, pairs), pairs, judge)
+            net = train_row(name, of_seed, folder, teacher, clips, expert, judge, val)
+            net = net.to(runtime.fast_dtype(device))
+            found = evaluate(by_parts(dub_student, net, pairs), pairs, judge)
+            row = summarize(found)
+            words = ", ".join(f"{key} {row[key]:.{digits}f}" for key, digits in COLUMNS.items())
+            print(f"{name}, seed {seed}: {words}", file=sys.stderr, flush=True)
             rows.append(row | {"name": name, "seed": seed})
+            if name == base:
+                of_base = found
+            else:
+                differences[name].append(compare(found, of_base, rng))
 
     shown = {}
     for name in wanted:
@@ -325,7 +482,11 @@ def ablate(cfg, device):
             shown[title][measure] = np.mean(values)
             shown[title][measure + "_ci"] = np.ptp(values) / 2
     table(f"mean ± half the range of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
-    return {"rows": rows}
+    print(f'\nA row minus "{base}", what is beyond chance (95 %, over seeds and people):')
+    merged = over_seeds(differences)
+    for name in differences:
+        print(f"- {name}: {beyond_chance(merged[name])}")
+    return {"rows": rows, "minus_as_it_is": merged}
 
 
 def main(argv):

@@ -46,8 +46,9 @@ from syncnet import compute_metrics, features, gaussian_distance, load_syncnet, 
 # removed here by the jackknife, see frechet_of_all. What is left may lie a little below zero.
 COLUMNS = {"sync_c": 3, "psnr": 2, "landmark": 2, "gain": 2, "sharpness": 2, "frechet": 2}
 PEOPLE = {"quality": 64, "speech": 3, "long": 4}  # how many there are unless --clips is given
+LATENTS = 12  # of each person, 48 frames: more people tell more than more frames of the same
 RESAMPLES = 1000  # of the people, for the interval of a difference between two rows
-FRECHET_RESAMPLES = 100  # of a difference of Fréchet distances, each of which takes 7 ms
+FRECHET_RESAMPLES = 100  # of a difference of Fréchet distances, each of which takes 15 ms
 SPEECH = Path(__file__).parent / "tests" / "speech"  # recorded sentences, which train nothing
 SOUNDS = {  # groups of ARPAbet phones
     "bilabials": ("M", "B", "P"),
@@ -266,7 +267,7 @@ def quality(cfg, device):
     """The judge's table, and in what the student differs from each row of the teacher."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     size = student.cfg.size
-    pairs = faces.make_pairs(cfg.clips, size, "held-out", device)
+    pairs = faces.make_pairs(cfg.clips, size, "held-out", device, LATENTS)
     found = {"truth": evaluate(pairs.truth, pairs, judge)}
 
     # The truth with only that changed which no sound decides: the teeth that show, say. A dub that
@@ -275,7 +276,7 @@ def quality(cfg, device):
     for i in range(cfg.clips):
         seed = SPLITS["held-out"] + 2 * i  # as dub_pair numbers people and words
         detail = seed + 1_000_000
-        clip = render_clip(seed, 96, size, text=seed + 1, detail=detail, device=device)
+        clip = render_clip(seed, 4 * LATENTS, size, text=seed + 1, detail=detail, device=device)
         other_detail.append(clip.video)
     found["truth, other detail"] = evaluate(torch.stack(other_detail), pairs, judge)
 

@@ -54,7 +54,6 @@ from sample import (
 from syncnet import means, reward_weights, token_perceptual_loss
 
 AUDIO_DROP = 0.12  # share of the teacher's clips whose sound is withheld, for guidance
-INIT_CLEAN = 0.5  # of init's chunks are clean, as the cache will hold them (paper: 0)
 LOWEST = 0.02  # the smallest t in the teacher's training and in DMD (paper: .001)
 JUDGE_CLIPS = 800  # people at most that the judge learns from
 TABLE_CLIPS = 16  # people in the last table
@@ -135,6 +134,11 @@ class Config(model.Config):
     # Init: diffusion forcing.
     init_steps: int = opt(150, "training steps of init (paper: 5,000)")
     init_lr: float = opt(2e-4, "learning rate of init (paper: 1e-5)", most=1)
+    init_clean: float = opt(
+        0.5,
+        "share of chunks that are clean in init, as the cache will hold them (paper: 0)",
+        most=1,
+    )
 
     # DMD.
     dmd_steps: int = opt(
@@ -371,7 +375,7 @@ def train_init(cfg, teacher, clips, expert, judge, val):
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
         shape = B, cfg.latents // cfg.chunk
         level = levels[torch.randint(len(levels), shape, generator=rng, device=device)]
-        clean = torch.rand(shape, generator=rng, device=device) < INIT_CLEAN
+        clean = torch.rand(shape, generator=rng, device=device) < cfg.init_clean
         t = torch.where(clean, 0.0, level).repeat_interleave(cfg.chunk, 1)  # B L
         with autocast(net):
             loss = loss_of(net, expert, batch, noise, t, cfg)

@@ -1,17 +1,19 @@
-import functools
-
+import numpy as np
+import pytest
 import torch
 
 import analysis
 import distill
 import faces
+import runtime
 import sample
+from bench import COLUMNS
 
 
 def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(faces, "make_pairs", functools.partial(faces.make_pairs, latents=12))
     monkeypatch.setattr(analysis, "LANDINGS", (20, 40))
-    rows = run("trajectory")["rows"]
+    found = run("trajectory")
+    rows = found["rows"]
     plain, guided = rows["steps"]["1.0"], rows["steps"]["2.0"]
     for steps in (plain, guided):
         assert [row["j"] for row in steps] == list(range(50))
@@ -19,7 +21,13 @@ def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
     assert [row["guidance"] for row in rows["ends"]] == [1, 1.5, 2, 3, 4.5]
     for i, steps in ((0, plain), (2, guided)):
         assert rows["ends"][i]["psnr"] == steps[49]["psnr"] != steps[0]["psnr"]
-    assert rows["window"]["psnr"] not in [row["psnr"] for row in rows["ends"]]
+    bands = rows["bands"]
+    assert len({row["psnr"] for row in bands.values()} | {plain[49]["psnr"]}) == 7
+    for name, differences in found["minus"]["bands"].items():
+        assert differences["psnr"][0] == pytest.approx(bands[name]["psnr"] - plain[49]["psnr"])
+    (differences,) = found["minus"]["landings"].values()  # of 20, less 40
+    at_20, at_40 = (row["psnr"] for row in rows["two_steps"]["1.0"]["2.0"])
+    assert differences["psnr"][0] == pytest.approx(at_20 - at_40)
     curves = []
     for first in ("1.0", "2.0"):
         for second in ("1.0", "2.0"):
@@ -29,7 +37,7 @@ def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
     assert len(set(curves)) == 4
     first, last = (row["psnr"] for row in rows["student"])
     assert first != last < rows["truth"]["psnr"]
-    for name in ("guidance", "two-steps", "ends", "mouths"):
+    for name in ("guidance", "bands", "two-steps", "ends", "mouths"):
         assert (tmp_path / f"out/trajectory-tiny-{name}.png").is_file()
 
 
@@ -83,10 +91,36 @@ def test_trajectories_by_hand(tiny, float32):
 
 def test_ablate_ends_in_json_and_goes_on(run, monkeypatch):
     command = "ablate", "--only=1 step,init alone", "--seeds=1"
-    rows = run(*command)["rows"]
-    assert [(row["name"], row["seed"]) for row in rows] == [("init alone", 0), ("1 step", 0)]
-    assert all(0 < row["psnr"] < 40 and row["landmark"] > 0 for row in rows)
-    assert rows[0]["psnr"] != rows[1]["psnr"]
+    found = run(*command)
+    rows = found["rows"]
+    assert [row["name"] for row in rows] == ["as it is", "init alone", "1 step"]
+    assert all(row["seed"] == 0 and 0 < row["psnr"] < 40 for row in rows)
+    assert len({row["psnr"] for row in rows}) == 3
+    base = rows[0]
+    for row in rows[1:]:
+        for measure, (difference, low, high) in found["minus_as_it_is"][row["name"]].items():
+            assert low <= difference <= high
+            assert difference == pytest.approx(row[measure] - base[measure])
     for stage in ("init", "dmd"):
         monkeypatch.setattr(distill, f"train_{stage}", None)  # what is there is not trained again
     assert run(*command)["rows"] == rows
+    monkeypatch.setitem(distill.PRESETS["tiny"], "init_lr", 0.1)  # unless it is another training
+    with pytest.raises(runtime.UserError, match="made with --init_lr 0.0005: delete it"):
+        run(*command)
+
+
+def test_trainings_and_people_both_make_a_difference_uncertain():
+    """Three seeds: a difference of 1 in which seeds part by .2, people by .3 (half an interval)."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, effect in (("better", 1.0), ("the same", 0.0), ("same again", 0.0)):
+        seeds = [effect - 0.2, effect, effect + 0.2]
+        rng.shuffle(seeds)
+        found[name] = [dict.fromkeys(COLUMNS, (x, x - 0.3, x + 0.3)) for x in seeds]
+    merged = analysis.over_seeds(found)
+    half = (0.3**2 + (1.96 * 0.2) ** 2 / 3) ** 0.5
+    for name, effect in (("better", 1.0), ("the same", 0.0)):
+        for interval in merged[name].values():
+            assert interval == pytest.approx((effect, effect - half, effect + half), abs=0.1)
+    alone = analysis.over_seeds({"better": found["better"][:1]})
+    assert alone["better"]["psnr"] == pytest.approx(found["better"][0]["psnr"])
