@@ -12,6 +12,7 @@ The paper's figures and ablations are in analysis.py.
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import sys
@@ -145,6 +146,7 @@ class Evaluation(NamedTuple):
     values: dict  # {measure: (n,) numpy}, see syncnet.compute_metrics
     dub: Moments
     truth: Moments
+    frechet: tuple  # of all people, see frechet_of_all
 
 
 def moments_of(seen):
@@ -161,28 +163,28 @@ def mean_and_covariance(moments, weights):
     return mean, (products - count * mean.outer(mean)) / (count - 1)
 
 
-def frechet_of(evaluation, weights):
-    """syncnet.frechet of dubs and truths, if each person is there weights (n,) times."""
-    dub_mean, dub_covariance = mean_and_covariance(evaluation.dub, weights)
-    truth_mean, truth_covariance = mean_and_covariance(evaluation.truth, weights)
+def frechet_of(dub, truth, weights):
+    """syncnet.frechet, of Moments, if each person is there weights (n,) times."""
+    dub_mean, dub_covariance = mean_and_covariance(dub, weights)
+    truth_mean, truth_covariance = mean_and_covariance(truth, weights)
     return gaussian_distance(dub_mean, dub_covariance, truth_mean, truth_covariance)
 
 
-def frechet_of_all(evaluation):
+def frechet_of_all(dub, truth):
     """The Fréchet distance of all n people without its bias, and half its 95 % interval.
 
     A distance of few people is too large: two small samples differ even where their distributions
     are equal. The bias falls about as 1 / n, so the jackknife, which leaves out one person at a
     time, tells how large it is: n d_all - (n - 1) mean(d_without_one). With fewer people than
     features a part of it remains: compare only distances of the same number of people."""
-    n = len(evaluation.dub.sums)
+    n = len(dub.sums)
     everyone = torch.ones(n, dtype=torch.double)
-    distance = frechet_of(evaluation, everyone)
+    distance = frechet_of(dub, truth, everyone)
     without_one = []
     for person in range(n):
         weights = everyone.clone()
         weights[person] = 0
-        without_one.append(frechet_of(evaluation, weights))
+        without_one.append(frechet_of(dub, truth, weights))
     corrected = n * distance - (n - 1) * np.mean(without_one)
     return corrected, 1.96 * ((n - 1) * np.var(without_one)) ** 0.5
 
@@ -193,11 +195,9 @@ def evaluate(dub, pairs, judge):
     values = {}
     for key, value in compute_metrics(dub, pairs, judge).items():
         values[key] = value.cpu().double().numpy()
-    return Evaluation(
-        values=values,
-        dub=moments_of(features(judge, dub).unflatten(0, (n, -1))),
-        truth=moments_of(features(judge, pairs.truth).unflatten(0, (n, -1))),
-    )
+    of_dub = moments_of(features(judge, dub).unflatten(0, (n, -1)))
+    of_truth = moments_of(features(judge, pairs.truth).unflatten(0, (n, -1)))
+    return Evaluation(values, of_dub, of_truth, frechet_of_all(of_dub, of_truth))
 
 
 def summarize(evaluation):
@@ -207,7 +207,7 @@ def summarize(evaluation):
     for key, values in evaluation.values.items():
         row[key] = values.mean()
         row[key + "_ci"] = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-    row["frechet"], row["frechet_ci"] = frechet_of_all(evaluation)
+    row["frechet"], row["frechet_ci"] = evaluation.frechet
     return row
 
 
@@ -236,9 +236,11 @@ def frechet_difference(a, b, rng):
     for _ in range(FRECHET_RESAMPLES):
         times_drawn = np.bincount(rng.integers(n, size=n), minlength=n)
         weights = torch.from_numpy(times_drawn).double()
-        resampled.append(frechet_of(a, weights) - frechet_of(b, weights))
+        of_a = frechet_of(a.dub, a.truth, weights)
+        of_b = frechet_of(b.dub, b.truth, weights)
+        resampled.append(of_a - of_b)
     low, high = np.quantile(resampled, [0.025, 0.975]) - np.mean(resampled)
-    difference = frechet_of_all(a)[0] - frechet_of_all(b)[0]
+    difference = a.frechet[0] - b.frechet[0]
     return difference, difference + low, difference + high
 
 
@@ -264,7 +266,7 @@ def beyond_chance(differences):
 
 
 def quality(cfg, device):
-    """The judge's table, and in what the student differs from each row of the teacher."""
+    """The judge's table, and in what any two of its rows differ."""
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     size = student.cfg.size
     pairs = faces.make_pairs(cfg.clips, size, "held-out", device, LATENTS)
@@ -294,13 +296,17 @@ def quality(cfg, device):
 
     rows = {name: summarize(evaluation) for name, evaluation in found.items()}
     table("dub", rows, COLUMNS)
-    print("\nThe student minus a row, what is beyond chance (95 %, paired bootstrap over people):")
     rng = np.random.default_rng(cfg.seed)
-    differences = {}
-    for name in teacher_rows:
-        differences[name] = compare(found["student"], found[name], rng)
-        print(f"- {name}: {beyond_chance(differences[name])}")
-    return {"rows": rows, "ceiling": rows["truth, other detail"], "student_minus": differences}
+    minus = {name: {} for name in found}  # {subtracted: {row: differences}}
+    for base, name in itertools.combinations(found, 2):
+        differences = compare(found[name], found[base], rng)
+        minus[base][name] = differences
+        minus[name][base] = {key: (-d, -high, -low) for key, (d, low, high) in differences.items()}
+    for base in ("teacher", "student"):
+        print(f"\nMinus the {base}'s row, beyond chance (95 %, paired bootstrap over people):")
+        for name, differences in minus[base].items():
+            print(f"- {name}: {beyond_chance(differences)}")
+    return {"rows": rows, "ceiling": rows["truth, other detail"], "minus": minus}
 
 
 def recorded_sentences():

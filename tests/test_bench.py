@@ -33,13 +33,14 @@ def test_quality_ends_in_json(run):
         assert worse["sync_c"] < rows["truth"]["sync_c"] and worse["psnr_ci"] >= 0
         assert worse["landmark"] > rows["truth"]["landmark"] and worse["frechet"] > 1e-3
     assert rows["student"]["psnr"] < found["ceiling"]["psnr"] < 40
-    differences = found["student_minus"]
-    assert set(differences) == {name for name in rows if name.startswith("teacher")}
-    for name, measures in differences.items():
-        assert set(measures) == set(bench.COLUMNS)
-        for measure, (difference, low, high) in measures.items():
-            apart = rows["student"][measure] - rows[name][measure]
-            assert low <= high and difference == pytest.approx(apart)
+    assert set(found["minus"]) == set(rows)
+    for base, differences in found["minus"].items():
+        assert set(differences) == set(rows) - {base}
+        for name, measures in differences.items():
+            assert set(measures) == set(bench.COLUMNS)
+            for measure, (difference, low, high) in measures.items():
+                apart = rows[name][measure] - rows[base][measure]
+                assert low <= high and difference == pytest.approx(apart)
 
 
 def test_long_ends_in_json(run):
@@ -76,7 +77,9 @@ def test_a_table_is_markdown(capsys):
 
 def evaluation(dub, truth, **values):
     """Features (n, T, E) of dubs and truths, and measures (n,) -> an Evaluation."""
-    return bench.Evaluation(values, bench.moments_of(dub), bench.moments_of(truth))
+    dub = bench.moments_of(dub)
+    truth = bench.moments_of(truth)
+    return bench.Evaluation(values, dub, truth, bench.frechet_of_all(dub, truth))
 
 
 def test_a_paired_difference_shows_what_the_spread_of_people_hides():
@@ -103,7 +106,9 @@ def test_sums_by_person_give_the_frechet_distance_of_all_frames():
     for times in ([1, 1, 1, 1], [2, 0, 1, 1], [0, 0, 1, 0]):
         people = torch.arange(4).repeat_interleave(torch.tensor(times))
         whole = syncnet.frechet(dub[people].flatten(0, 1), truth[people].flatten(0, 1))
-        assert bench.frechet_of(found, torch.tensor(times).double()) == pytest.approx(whole)
+        assert bench.frechet_of(
+            found.dub, found.truth, torch.tensor(times).double()
+        ) == pytest.approx(whole)
 
 
 SPREAD = 1 / torch.arange(1, 129).sqrt()  # of 128 features: the first ones vary most, as usual
@@ -127,14 +132,14 @@ def test_the_jackknife_removes_most_of_the_frechet_distances_bias(people):
     """And with more people than features nearly all of it."""
     dub, truth, distance = features_of_gaussians(0.5, 0.3, people)
     found = evaluation(dub, truth)
-    plain = bench.frechet_of(found, torch.ones(people).double())
-    corrected, half_interval = bench.frechet_of_all(found)
+    plain = bench.frechet_of(found.dub, found.truth, torch.ones(people).double())
+    corrected, half_interval = found.frechet
     assert plain - distance > 0.1  # few people always seem farther off
     assert abs(corrected - distance) < 0.6 * (plain - distance)
     assert 0 < half_interval < plain
     if people == 256:
         assert abs(corrected - distance) < 0.07
-    nothing, _ = bench.frechet_of_all(evaluation(truth, truth))
+    nothing, _ = evaluation(truth, truth).frechet
     assert nothing == pytest.approx(0, abs=1e-3)
 
 
