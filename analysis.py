@@ -298,7 +298,7 @@ def draw_curves(path, rows, recipe, people):
 
 
 def draw_bands(path, differences, people):
-    """Save a figure of what guidance in each band brings, {name: differences} of look_at_bands."""
+    """Save a figure of what guidance in each band changes, {name: differences} of look_at_bands."""
     figure, grid = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
     names = list(differences)
     for panel, measure in zip(grid.flat, COLUMNS):
@@ -310,7 +310,7 @@ def draw_bands(path, differences, people):
             panel.plot(place, difference, "o", color=color)
         labels = [name.removeprefix("guided at j ").replace(" to ", "–") for name in names]
         panel.set(xticks=range(len(names)), xticklabels=labels, xlabel="j that are guided")
-        panel.set_ylabel(f"{LABELS[measure]}, less unguided")
+        panel.set_ylabel(f"{LABELS[measure]}, minus unguided")
     caption = (
         f"What guidance {GUIDED:g} brings if only some of the 50 steps are guided, at their end."
     )
