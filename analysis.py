@@ -3,7 +3,7 @@
 python analysis.py trajectory --config small    # what the paper saw in its teacher, in this one
 python analysis.py ablate --config tiny --weights out/tiny    # the distillation, one thing changed
 
-Figures are written to out/bench/. The README's tables are made by bench.py.
+Figures are written to out/bench/. The README's other tables are made by bench.py.
 """
 
 import copy
@@ -70,7 +70,7 @@ VARIANTS = {  # what is changed of the preset, one thing at a time; options of d
     "beta 5": {"beta": 5.0},
     "beta 40": {"beta": 40.0},
     "landing 30": {"landing": 30},
-    "DMD's times shifted by 5": {"dmd_shift": 5.0},
+    "DMD shift 5": {"dmd_shift": 5.0},
     "no clean chunks in init": {"init_clean": 0.0},
     "no perceptual loss in init": {"perceptual_weight": 0.0},
     "1 step": {"num_steps": 1},
