@@ -71,13 +71,12 @@ VARIANTS = {  # what is changed of the preset, one thing at a time; options of d
     "beta 40": {"beta": 40.0},
     "landing 30": {"landing": 30},
     "DMD shift 5": {"dmd_shift": 5.0},
-    "no clean chunks in init": {"init_clean": 0.0},
     "no perceptual loss in init": {"perceptual_weight": 0.0},
     "1 step": {"num_steps": 1},
     "4 steps": {"num_steps": 4},
 }
 # Init is made anew only for a row that changes one of these, else once for all rows of a seed.
-INIT_OPTIONS = "landing", "num_steps", "init_clean", "perceptual_weight"
+INIT_OPTIONS = "landing", "num_steps", "perceptual_weight"
 PAPER = {  # Sync-C and FVD of the same change there
     "as it is": "6.88, 119",
     "never guided": "6.14, 121",

@@ -134,11 +134,6 @@ class Config(model.Config):
     # Init: diffusion forcing.
     init_steps: int = opt(150, "training steps of init (paper: 5,000)")
     init_lr: float = opt(2e-4, "learning rate of init (paper: 1e-5)", most=1)
-    init_clean: float = opt(
-        0.5,
-        "share of chunks that are clean in init, as the cache will hold them (paper: 0)",
-        most=1,
-    )
 
     # DMD.
     dmd_steps: int = opt(
@@ -338,22 +333,19 @@ def student_of(net, cfg):
 
 
 def init_loss(net, expert, batch, noise, t, cfg):
-    """The loss of the noisy chunks; the clean ones, t = 0, are there to be attended to. In x0, not
-    in velocity: only two noise levels are left, and both predictions count alike (1 / t^2 would
-    weigh the landing three times the start)."""
+    """The loss in x0, not in velocity: only two noise levels are left, and both predictions count
+    alike (1 / t^2 would weigh the landing three times the start)."""
     truth = target(batch)
     x0 = to_tokens(truth, cfg.patch)
     pred = net(add_noise(x0, noise, t), t, embed(net, batch), causal=True)
-    noisy = (t > 0).float()
-    loss = denoising_loss(net, pred, x0, noisy, cfg.edges)
-    pred = torch.where(noisy[..., None, None] > 0, pred, x0)
+    loss = denoising_loss(net, pred, x0, torch.ones_like(t), cfg.edges)
     perceptual = token_perceptual_loss(expert, pred, truth, cfg.patch)
     return loss + cfg.perceptual_weight * perceptual
 
 
 def train_init(cfg, teacher, clips, expert, judge, val):
     """The teacher's weights under causal attention: every chunk has its own noise level, one of the
-    student's two, or is clean, as the cache will hold it."""
+    student's two."""
     device = clips.video.device
     steps = cfg.init_steps
     B = cfg.batch // world_size()
@@ -375,8 +367,7 @@ def train_init(cfg, teacher, clips, expert, judge, val):
         noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
         shape = B, cfg.latents // cfg.chunk
         level = levels[torch.randint(len(levels), shape, generator=rng, device=device)]
-        clean = torch.rand(shape, generator=rng, device=device) < cfg.init_clean
-        t = torch.where(clean, 0.0, level).repeat_interleave(cfg.chunk, 1)  # B L
+        t = level.repeat_interleave(cfg.chunk, 1)  # B L
         with autocast(net):
             loss = loss_of(net, expert, batch, noise, t, cfg)
         loss.backward()
