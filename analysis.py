@@ -472,6 +472,7 @@ def ablate(cfg, device):
             else:
                 differences[name].append(compare(found, of_base, rng))
 
+    minus = over_seeds(differences)
     shown = {}
     for name in wanted:
         title = f"{name} (paper: {PAPER[name]})" if name in PAPER else name
@@ -480,12 +481,14 @@ def ablate(cfg, device):
             values = [row[measure] for row in rows if row["name"] == name]
             shown[title][measure] = np.mean(values)
             shown[title][measure + "_ci"] = np.ptp(values) / 2
+            if name != base:
+                _, low, high = minus[name][measure]
+                shown[title][measure + "_bold"] = low > 0 or high < 0
     table(f"mean ± half the range of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
-    print(f'\nA row minus "{base}", what is beyond chance (95 %, over seeds and people):')
-    merged = over_seeds(differences)
+    print(f'\nBold in the table: beyond chance (95 %, over seeds and people). Minus "{base}":')
     for name in differences:
-        print(f"- {name}: {beyond_chance(merged[name])}")
-    return {"rows": rows, "minus_as_it_is": merged}
+        print(f"- {name}: {beyond_chance(minus[name])}")
+    return {"rows": rows, "minus": minus}
 
 
 def main(argv):

@@ -259,14 +259,16 @@ def means(dub, pairs, judge):
 
 
 def table(first, rows, columns):
-    """Print {name: {column: value, column_ci: half an interval}} as Markdown."""
+    """Print {name: {column: value, column_ci: half an interval, column_bold: is it to be seen}} as
+    Markdown; all but the value may be missing."""
     print(f"\n| {first} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
     for name, row in rows.items():
         print(f"| {name}", end="")
         for key, digits in columns.items():
             error = f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
             value = round(row[key], digits) + 0.0  # + 0.0, since -0.00 is no number to read
-            print(f" | {value:.{digits}f}{error}", end="")
+            bold = "**" if row.get(key + "_bold") else ""
+            print(f" | {bold}{value:.{digits}f}{bold}{error}", end="")
         print(" |")
 
 

@@ -98,7 +98,7 @@ def test_ablate_ends_in_json_and_goes_on(run, monkeypatch):
     assert len({row["psnr"] for row in rows}) == 3
     base = rows[0]
     for row in rows[1:]:
-        for measure, (difference, low, high) in found["minus_as_it_is"][row["name"]].items():
+        for measure, (difference, low, high) in found["minus"][row["name"]].items():
             assert low <= difference <= high
             assert difference == pytest.approx(row[measure] - base[measure])
     for stage in ("init", "dmd"):

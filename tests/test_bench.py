@@ -70,9 +70,9 @@ def test_what_a_folder_lacks_is_beside_the_teacher_that_its_student_names(tmp_pa
 
 
 def test_a_table_is_markdown(capsys):
-    bench.table("set", dict(a=dict(x=1.234, x_ci=0.05, y=2.0)), dict(x=2, y=0))
+    bench.table("set", dict(a=dict(x=1.234, x_ci=0.05, y=2.0, y_bold=True)), dict(x=2, y=0))
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines == ["| set | x | y |", "|---|---|---|", "| a | 1.23 ± 0.05 | 2 |"]
+    assert lines == ["| set | x | y |", "|---|---|---|", "| a | 1.23 ± 0.05 | **2** |"]
 
 
 def evaluation(dub, truth, **values):
