@@ -305,7 +305,8 @@ def quality(cfg, device):
     for base in ("teacher", "student"):
         print(f"\nMinus the {base}'s row, beyond chance (95 %, paired bootstrap over people):")
         for name, differences in minus[base].items():
-            print(f"- {name}: {beyond_chance(differences)}")
+            if name != "truth":
+                print(f"- {name}: {beyond_chance(differences)}")
     return {"rows": rows, "ceiling": rows["truth, other detail"], "minus": minus}
 
 
