@@ -8,6 +8,7 @@ Figures are written to out/bench/. The README's other tables are made by bench.p
 
 import copy
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 
@@ -75,8 +76,15 @@ VARIANTS = {  # what is changed of the preset, one thing at a time; options of d
     "1 step": {"num_steps": 1},
     "4 steps": {"num_steps": 4},
 }
-# Init is made anew only for a row that changes one of these, else once for all rows of a seed.
-INIT_OPTIONS = "landing", "num_steps", "perceptual_weight"
+# What changes DMD alone: rows that change nothing else share the init of their seed.
+DMD_OPTIONS = (
+    "critic_lr",
+    "critic_updates",
+    "sync_window",
+    "guidance_scale",
+    "beta",
+    "dmd_shift",
+)
 PAPER = {  # Sync-C and FVD of the same change there
     "as it is": "6.88, 119",
     "never guided": "6.14, 121",
@@ -88,31 +96,27 @@ PAPER = {  # Sync-C and FVD of the same change there
 
 @dataclasses.dataclass
 class Options(CommonOptions):
+    config: str = opt("small", "the preset", ("tiny", "small"))
     only: str = opt(
         "",
-        "rows of ablate: those that hold one of these words, a comma between",
+        "rows of ablate: those that hold one of these words, a comma between, and the first one",
     )
     seeds: int = opt(3, "trainings of each row of ablate", most=100)
 
 
-class Windows:
-    """The clips as the teacher sees them in sample.dub_teacher: in windows of `latents` latent
-    frames, here all in one batch. Every walk begins with the same noise."""
+class Walks:
+    """The teacher's way from noise to clips of LATENTS latent frames, which it sees at once, as in
+    sample.dub_teacher. Every walk begins with the same noise."""
 
-    def __init__(self, teacher, pairs, latents=12):
-        conds = []
-        for start in range(0, pairs.source.shape[1] // 4, latents):
-            end = start + latents
-            conds.append(sample.embed_clip(teacher, pairs.source, pairs.mel, start, end))
+    def __init__(self, teacher, pairs):
         self.teacher = teacher
         self.source = pairs.source
-        self.count = len(conds)
-        self.cond = model.Cond(*(torch.cat(field) for field in zip(*conds)))
+        self.cond = sample.embed_clip(teacher, pairs.source, pairs.mel)
         self.noise = sample.seeded(0)(self.cond.masked_source)
 
     @torch.no_grad()
     def guess(self, x_t, j, guidance):
-        """The teacher's x0 at step j of the grid, all windows of all clips at once."""
+        """The teacher's x0 at step j of the grid, of all clips at once."""
         with runtime.autocast(self.teacher):
             return sample.cfg_predict(self.teacher, x_t, grid_time(j), self.cond, guidance).float()
 
@@ -134,9 +138,8 @@ class Windows:
         return self.guess(x_t, landing, guidance)
 
     def frames(self, x0):
-        """A guess of all windows -> the whole clips (n, T, S, S, 3) uint8."""
-        clips = torch.cat(x0.chunk(self.count), 1)
-        return sample.to_frames(self.teacher, clips, self.source)
+        """A guess -> clips (n, T, S, S, 3) uint8."""
+        return sample.to_frames(self.teacher, x0, self.source)
 
 
 class Looker:
@@ -148,59 +151,61 @@ class Looker:
         self.judge = judge
         self.moments = pairs.mouth[:3, :, 0].argmax(1)
         self.pictures = []  # (title, the mouths one above the other)
-        self.evaluations = {}  # by name
+        self.evaluations = {}  # those to be compared, by name
 
-    def look(self, name, video, title="", **where):
-        """-> a row: the measures and `where`. With a title, the mouths are kept under it."""
-        self.evaluations[name] = evaluate(video, self.pairs, self.judge)
-        row = summarize(self.evaluations[name])
+    def look(self, name, video, title="", keep=False, **place):
+        """-> a row: the measures and `place`. With a title, the mouths are kept under it; with
+        `keep`, the evaluation under the name, for `minus`."""
+        evaluation = evaluate(video, self.pairs, self.judge)
+        if keep:
+            self.evaluations[name] = evaluation
+        row = summarize(evaluation)
         print(f"{name}: Sync-C {row['sync_c']:.3f}", file=sys.stderr, flush=True)
         if title:
             people = range(len(self.moments))
             mouths = mouth_rectangle(video)[people, self.moments]
             picture = mouths.flatten(0, 1).cpu().numpy()
             self.pictures.append((f"{title}\nsharp {row['sharpness']:.2f}", picture))
-        return where | row
+        return place | row
 
     def minus(self, name, base):
         """What was looked at under a name, less what was under another: see bench.compare."""
-        rng = np.random.default_rng(0)
-        return compare(self.evaluations[name], self.evaluations[base], rng)
+        return compare(self.evaluations[name], self.evaluations[base])
 
 
 def step_name(guidance, j):
     return f"guidance {guidance:g}, step {j}"
 
 
-def look_at_steps(windows, looker):
+def look_at_steps(walks, looker):
     """The teacher's 50 steps -> {guidance: a row for each step}, of no guidance and of GUIDED, and
     a row for the end at each of GUIDANCES."""
     steps = {1.0: [], GUIDED: []}
     ends = []
     for guidance in GUIDANCES:
-        for j, x0 in enumerate(windows.walk([guidance] * STEPS)):
+        for j, x0 in enumerate(walks.walk([guidance] * STEPS)):
             if guidance not in steps and j < STEPS - 1:
                 continue
             pictured = guidance == 1.0 and j in PICTURED
             title = f"step {j + 1} of {STEPS}" if pictured else ""
-            row = looker.look(step_name(guidance, j), windows.frames(x0), title, j=j)
+            row = looker.look(step_name(guidance, j), walks.frames(x0), title, j == STEPS - 1, j=j)
             if guidance in steps:
                 steps[guidance].append(row)
         ends.append(row | {"guidance": guidance})
     return steps, ends
 
 
-def look_at_bands(windows, looker, window):
+def look_at_bands(walks, looker, window):
     """Where 50 steps end that are guided at the j of one band alone, of BANDS or the `window` ->
     {band: a row}, and what it has more than no guidance, {band: differences}."""
     rows = {}
     differences = {}
     for band in (*BANDS, window):
         scales = [GUIDED if j in band else 1.0 for j in range(STEPS)]
-        for x0 in windows.walk(scales):
+        for x0 in walks.walk(scales):
             pass
         name = f"guided at j {band[0]} to {band[-1]}"
-        rows[name] = looker.look(name, windows.frames(x0))
+        rows[name] = looker.look(name, walks.frames(x0), keep=True)
         differences[name] = looker.minus(name, step_name(1.0, STEPS - 1))
     return rows, differences
 
@@ -209,31 +214,33 @@ def landing_name(first_guidance, guidance, landing):
     return f"{first_guidance:g}, then {guidance:g} at {landing}"
 
 
-def look_at_two_steps(windows, looker, preset_landing):
+def look_at_two_steps(walks, looker, preset_landing):
     """Two steps -> {guidance in the first: {guidance in the second: a row for each landing}}, and,
     where only the second is guided, what a landing has more than the preset's, {landing:
     differences}."""
+    landings = sorted({*LANDINGS, preset_landing})
     rows = {}
     for first_guidance in (1.0, GUIDED):
         rows[first_guidance] = {}
-        first = windows.guess(windows.noise, 0, first_guidance)
+        first = walks.guess(walks.noise, 0, first_guidance)
         for guidance in (1.0, GUIDED):
             curve = []
-            for landing in LANDINGS:
-                video = windows.frames(windows.second_guess(first, landing, guidance))
+            for landing in landings:
+                video = walks.frames(walks.second_guess(first, landing, guidance))
                 name = landing_name(first_guidance, guidance, landing)
-                curve.append(looker.look(name, video, landing=landing))
+                keep = (first_guidance, guidance) == (1.0, GUIDED)
+                curve.append(looker.look(name, video, keep=keep, landing=landing))
             rows[first_guidance][guidance] = curve
     base = landing_name(1.0, GUIDED, preset_landing)
     differences = {}
-    for landing in LANDINGS:
+    for landing in landings:
         if landing != preset_landing:
             differences[landing] = looker.minus(landing_name(1.0, GUIDED, landing), base)
     return rows, differences
 
 
 def first_guess_of(student):
-    """The student that stops at its first call."""
+    """The student that stops at its first call, in every chunk."""
     net = copy.copy(student)
     net.cfg = dataclasses.replace(student.cfg, num_steps=1)
     return net
@@ -339,12 +346,12 @@ def trajectory(cfg, device):
     judge, student, teacher = networks(cfg, device, "student", "teacher")
     recipe = distill.Config(**distill.PRESETS[cfg.config])
     pairs = faces.make_pairs(cfg.clips, teacher.cfg.size, "held-out", device, LATENTS)
-    windows = Windows(teacher, pairs)
+    walks = Walks(teacher, pairs)
     looker = Looker(pairs, judge)
-    steps, ends = look_at_steps(windows, looker)
+    steps, ends = look_at_steps(walks, looker)
     window = range(recipe.sync_first, recipe.sync_last + 1)
-    bands, of_bands = look_at_bands(windows, looker, window)
-    two_steps, of_landings = look_at_two_steps(windows, looker, recipe.landing)
+    bands, of_bands = look_at_bands(walks, looker, window)
+    two_steps, of_landings = look_at_two_steps(walks, looker, recipe.landing)
     first = by_parts(dub_student, first_guess_of(student), pairs)
     last = by_parts(dub_student, student, pairs)
     rows = {
@@ -381,96 +388,118 @@ def trajectory(cfg, device):
     return {"rows": rows, "minus": minus}
 
 
-def trained(stage, train, recipe, *parts):
+def trained(stage, train, recipe, made_from, *parts):
     """train(recipe, *parts), saved in the recipe's folder; if it is there already, it is not
-    trained again. UserError: it was made with other options."""
+    trained again. made_from: a hash of the files that it depends on. UserError: it was made from
+    others, or with other options."""
     runtime.free_space(recipe.out)
     path = Path(recipe.out, f"{stage}.pt")
     with runtime.lock(recipe.out):
         if path.is_file():
-            changed = runtime.changed_options(runtime.load(path, "dit"), recipe)
+            state = runtime.load(path, "dit")
+            changed = runtime.changed_options(state, recipe)
+            if state.get("made_from") != made_from:
+                changed.append("another teacher, expert or drawn world")
             if changed:
                 raise UserError(
                     f"{path} was made with {' '.join(changed)}: delete it, or choose another --out"
                 )
         else:
             net = train(recipe, *parts)
-            model.save_dit(path, net, stage, **distill.remembered(recipe))
+            about = distill.remembered(recipe) | {"made_from": made_from}
+            model.save_dit(path, net, stage, **about)
+            runtime.resume_path(recipe, stage).unlink(missing_ok=True)
     return load_dit(path, recipe.device)
 
 
-def train_row(name, recipe, folder, teacher, *parts):
+def train_row(name, recipe, folder, made_from, teacher, *parts):
     """The distillation with one thing changed -> the student. parts: clips, expert, judge, val."""
-    of_init = {option: value for option, value in VARIANTS[name].items() if option in INIT_OPTIONS}
-    words = ["init", *(f"{option}-{value}" for option, value in of_init.items()), str(recipe.seed)]
-    init_recipe = dataclasses.replace(recipe, out=f"{folder}/{'-'.join(words)}", **of_init)
-    init = trained("init", distill.train_init, init_recipe, teacher, *parts)
+    of_init = {}
+    for option, value in VARIANTS[name].items():
+        if option not in DMD_OPTIONS:
+            of_init[option] = value
+    init_name = "-".join(["init", *(f"{option}-{value}" for option, value in of_init.items())])
+    out = f"{folder}/{init_name}-{recipe.seed}"
+    init_recipe = dataclasses.replace(recipe, out=out, **of_init)
+    init = trained("init", distill.train_init, init_recipe, made_from, teacher, *parts)
     if name == "init alone":
         return init
     out = f"{folder}/{name.replace(' ', '-')}-{recipe.seed}"
     recipe = dataclasses.replace(recipe, out=out, **VARIANTS[name])
-    return trained("student", distill.train_dmd, recipe, teacher, init, *parts)
+    return trained("student", distill.train_dmd, recipe, made_from, teacher, init, *parts)
 
 
 def over_seeds(found):
     """{row: [what bench.compare found, one for each seed]} -> {row: {measure: (difference, low,
-    high)}}: the mean over seeds with its 95 % interval. Two sources of chance add up: the people,
-    who are the same in all trainings, and the trainings. Three of them are too few to tell how much
-    one row's vary, so their variance is the median of all rows'."""
+    high)}}: the mean over seeds and its 95 % interval.
+
+    Two variances add up. That of the people is not divided by the number of seeds, since they are
+    the same in all. That of the trainings is; three are too few to tell it for one row, so it is
+    taken from all rows: their median, which one wild row does not move. (With --only it is known
+    less well, with one seed not at all.)"""
     merged = {name: {} for name in found}
     for measure in COLUMNS:
         differences = {}
-        of_people = {}  # variances of the mean
+        of_people = {}
+        of_trainings = []
         for name, seeds in found.items():
-            mean, low, high = np.array([seed[measure] for seed in seeds]).T
-            differences[name] = mean
+            per_seed, low, high = np.array([seed[measure] for seed in seeds]).T
+            differences[name] = per_seed
             of_people[name] = ((high - low) / (2 * 1.96)).mean() ** 2
-        count = len(mean)
-        of_trainings = 0.0
-        if count > 1:
-            variances = [values.var(ddof=1) for values in differences.values()]
-            of_trainings = np.median(variances) / count
-        for name, values in differences.items():
-            half = 1.96 * (of_people[name] + of_trainings) ** 0.5
-            merged[name][measure] = (values.mean(), values.mean() - half, values.mean() + half)
+            if len(seeds) > 1:
+                # The median of such estimates is less than what they estimate, by this factor
+                # (Wilson and Hilferty 1931).
+                below = (1 - 2 / (9 * (len(seeds) - 1))) ** 3
+                of_trainings.append(per_seed.var(ddof=1) / len(seeds) / below)
+        for name, per_seed in differences.items():
+            variance = of_people[name]
+            if of_trainings:
+                variance += np.median(of_trainings)
+            half = 1.96 * variance**0.5
+            merged[name][measure] = (
+                per_seed.mean(),
+                per_seed.mean() - half,
+                per_seed.mean() + half,
+            )
     return merged
 
 
 def ablate(cfg, device):
     """The distillation with one thing changed at a time, each from the same teacher, on the same
     clips and with the same budget, then the judge, on the same people."""
-    words = [word.strip() for word in cfg.only.split(",")]
-    wanted = [name for name in VARIANTS if any(word in name for word in words)]
+    words = [word.strip() for word in cfg.only.split(",") if word.strip()]
+    wanted = [name for name in VARIANTS if not words or any(word in name for word in words)]
     if not wanted:
         raise UserError(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
     base = next(iter(VARIANTS))
     wanted = [base] + [name for name in wanted if name != base]  # which all are compared with
     (judge,) = networks(cfg, device)
-    expert = load_syncnet(checkpoint(cfg, "syncnet"), device)
     recipe = distill.Config(**distill.PRESETS[cfg.config], config=cfg.config, device=str(device))
-    recipe.teacher = str(checkpoint(cfg, "teacher"))
-    teacher = load_dit(recipe.teacher, device)
+    files = [checkpoint(cfg, "teacher"), checkpoint(cfg, "syncnet")]
+    teacher = load_dit(files[0], device, like=recipe)
+    expert = load_syncnet(files[1], device)
+    content = b"".join(file.read_bytes() for file in files) + runtime.source_hash().encode()
+    made_from = hashlib.sha256(content).hexdigest()
     clips = distill.load_clips(recipe, "train", device)
     val = faces.make_pairs(2, recipe.size, "val", device)  # for the log alone
     pairs = faces.make_pairs(cfg.clips, recipe.size, "held-out", device, LATENTS)
     folder = f"{cfg.out}/ablate-{cfg.config}"
     rows = []
     differences = {name: [] for name in wanted[1:]}
-    rng = np.random.default_rng(cfg.seed)
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         of_seed = dataclasses.replace(recipe, seed=seed)
         for name in wanted:
-            net = train_row(name, of_seed, folder, teacher, clips, expert, judge, val)
+            net = train_row(name, of_seed, folder, made_from, teacher, clips, expert, judge, val)
             net = net.to(runtime.fast_dtype(device))
             found = evaluate(by_parts(dub_student, net, pairs), pairs, judge)
             row = summarize(found)
-            words = ", ".join(f"{key} {row[key]:.{digits}f}" for key, digits in COLUMNS.items())
-            print(f"{name}, seed {seed}: {words}", file=sys.stderr, flush=True)
+            told = ", ".join(f"{key} {row[key]:.{digits}f}" for key, digits in COLUMNS.items())
+            print(f"{name}, seed {seed}: {told}", file=sys.stderr, flush=True)
             rows.append(row | {"name": name, "seed": seed})
             if name == base:
                 of_base = found
             else:
-                differences[name].append(compare(found, of_base, rng))
+                differences[name].append(compare(found, of_base))
 
     minus = over_seeds(differences)
     shown = {}
@@ -485,7 +514,8 @@ def ablate(cfg, device):
                 _, low, high = minus[name][measure]
                 shown[title][measure + "_bold"] = low > 0 or high < 0
     table(f"mean ± half the range of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
-    print(f'\nBold in the table: beyond chance (95 %, over seeds and people). Minus "{base}":')
+    chance = "seeds and people" if cfg.seeds > 1 else "people, not over seeds"
+    print(f'\nBold in the table: beyond chance (95 %, over {chance}). Minus "{base}":')
     for name in differences:
         print(f"- {name}: {beyond_chance(minus[name])}")
     return {"rows": rows, "minus": minus}

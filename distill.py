@@ -333,8 +333,9 @@ def student_of(net, cfg):
 
 
 def init_loss(net, expert, batch, noise, t, cfg):
-    """The loss in x0, not in velocity: only two noise levels are left, and both predictions count
-    alike (1 / t^2 would weigh the landing three times the start)."""
+    """The loss at the student's times, t (B, L) -> a number. In x0, not in velocity: the times are
+    few, and all predictions count alike (1 / t^2 would weigh the landing three times the start).
+    """
     truth = target(batch)
     x0 = to_tokens(truth, cfg.patch)
     pred = net(add_noise(x0, noise, t), t, embed(net, batch), causal=True)
@@ -345,7 +346,7 @@ def init_loss(net, expert, batch, noise, t, cfg):
 
 def train_init(cfg, teacher, clips, expert, judge, val):
     """The teacher's weights under causal attention: every chunk has its own noise level, one of the
-    student's two."""
+    student's."""
     device = clips.video.device
     steps = cfg.init_steps
     B = cfg.batch // world_size()

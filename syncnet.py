@@ -232,8 +232,8 @@ def features(judge, dub):
 def gaussian_distance(mean_a, cov_a, mean_b, cov_b):
     """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2): how far two Gaussians are apart, as in FID.
 
-    With C = R R^T, the eigenvalues of C C' are those of the symmetric R^T C' R, which take a
-    fortieth of the time."""
+    With C = R R^T, the eigenvalues of C C' are those of the symmetric R^T C' R, which are found
+    many times faster."""
     apart = (mean_a - mean_b).square().sum()
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt()
@@ -245,8 +245,8 @@ def frechet(a, b):
     """Frechet distance of two sets of features (n, E), as FID is. What distribution matching is
     for: exaggeration is far, and so is an average of mouths. (A plain blur is not: the truth,
     blurred to sharp .45: .03.) The fewer people, the larger it is: bench.py corrects for that."""
-    a = a.double()
-    b = b.double()
+    a = a.cpu().double()  # Apple's GPUs have no float64
+    b = b.cpu().double()
     return gaussian_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
 
 
