@@ -216,8 +216,7 @@ def landing_name(first_guidance, guidance, landing):
 
 def look_at_two_steps(walks, looker, preset_landing):
     """Two steps -> {guidance in the first: {guidance in the second: a row for each landing}}, and,
-    where only the second is guided, what a landing has more than the preset's, {landing:
-    differences}."""
+    where both are guided, what a landing has more than the preset's, {landing: differences}."""
     landings = sorted({*LANDINGS, preset_landing})
     rows = {}
     for first_guidance in (1.0, GUIDED):
@@ -228,14 +227,14 @@ def look_at_two_steps(walks, looker, preset_landing):
             for landing in landings:
                 video = walks.frames(walks.second_guess(first, landing, guidance))
                 name = landing_name(first_guidance, guidance, landing)
-                keep = (first_guidance, guidance) == (1.0, GUIDED)
+                keep = first_guidance == guidance == GUIDED
                 curve.append(looker.look(name, video, keep=keep, landing=landing))
             rows[first_guidance][guidance] = curve
-    base = landing_name(1.0, GUIDED, preset_landing)
+    base = landing_name(GUIDED, GUIDED, preset_landing)
     differences = {}
     for landing in landings:
         if landing != preset_landing:
-            differences[landing] = looker.minus(landing_name(1.0, GUIDED, landing), base)
+            differences[landing] = looker.minus(landing_name(GUIDED, GUIDED, landing), base)
     return rows, differences
 
 
@@ -263,7 +262,7 @@ def panels(path, caption, curves, axes, span=None):
             error = np.array([row[y + "_ci"] for row in rows]) / 1.96
             (line,) = panel.plot(along, mean, ".-", label=name)
             panel.vlines(along, mean - error, mean + error, line.get_color(), alpha=0.2, lw=4)
-        panel.legend(fontsize="small")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(caption, fontsize="medium")
     runtime.save_figure(figure, path, dpi=80)
     plt.close(figure)
@@ -294,7 +293,7 @@ def draw_curves(path, rows, recipe, people):
     curves = {
         f"50 steps, guidance {scales}": rows["ends"],
         f"50 steps, {GUIDED:g} in the window, else 1": list(rows["bands"].values())[-1:],
-        f"2 steps, 1, then {GUIDED:g}, by landing": rows["two_steps"][1.0][GUIDED],
+        f"2 steps, guided by {GUIDED:g}, landing 5 to 45": rows["two_steps"][GUIDED][GUIDED],
         "student, first guess and last": rows["student"],
         "truth": [rows["truth"]],
     }
@@ -317,10 +316,9 @@ def draw_bands(path, differences, people):
         labels = [name.removeprefix("guided at j ").replace(" to ", "–") for name in names]
         panel.set(xticks=range(len(names)), xticklabels=labels, xlabel="j that are guided")
         panel.set_ylabel(f"{LABELS[measure]}, minus unguided")
-    caption = (
-        f"What guidance {GUIDED:g} brings if only some of the 50 steps are guided, at their end."
-    )
-    figure.suptitle(f"{caption} {people}; bars: 95 %, paired.", fontsize="medium")
+    caption = f"What guidance {GUIDED:g} at some of the 50 steps changes in their end."
+    caption += f" {people}; bars: 95 %, paired.\nOrange: the sync window of the preset."
+    figure.suptitle(caption, fontsize="medium")
     runtime.save_figure(figure, path, dpi=80)
     plt.close(figure)
 
@@ -379,9 +377,11 @@ def trajectory(cfg, device):
     for name, differences in of_bands.items():
         print(f"- {name}: {beyond_chance(differences)}")
     table(
-        "two steps", {f"landing {row['landing']}": row for row in two_steps[1.0][GUIDED]}, COLUMNS
+        "two guided steps",
+        {f"landing {row['landing']}": row for row in two_steps[GUIDED][GUIDED]},
+        COLUMNS,
     )
-    print(f"\nTwo steps, more than with landing {recipe.landing}, beyond chance:")
+    print(f"\nTwo guided steps, more than with landing {recipe.landing}, beyond chance:")
     for landing, differences in of_landings.items():
         print(f"- landing {landing}: {beyond_chance(differences)}")
     minus = {"ends": of_ends, "bands": of_bands, "landings": of_landings}

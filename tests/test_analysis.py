@@ -25,7 +25,7 @@ def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
     for name, differences in found["minus"]["bands"].items():
         assert differences["psnr"][0] == pytest.approx(bands[name]["psnr"] - plain[49]["psnr"])
     (differences,) = found["minus"]["landings"].values()  # of 20, less 40
-    at_20, at_40 = (row["psnr"] for row in rows["two_steps"]["1.0"]["2.0"])
+    at_20, at_40 = (row["psnr"] for row in rows["two_steps"]["2.0"]["2.0"])
     assert differences["psnr"][0] == pytest.approx(at_20 - at_40)
     curves = []
     for first in ("1.0", "2.0"):
