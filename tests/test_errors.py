@@ -91,7 +91,7 @@ distill --window 2: --window 2: choose at least --chunk 3
 distill --start missing: no such file
 distill --folder missing: no mp4 there
 distill --teacher student: cannot teach
-bench quality --out folder --weights missing: no student.pt
+bench quality --out folder --weights missing: no such folder
 analysis ablate --out folder --only love,lending: no such row
 """
 
