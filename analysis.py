@@ -188,7 +188,8 @@ def look_at_steps(walks, looker):
                 continue
             pictured = guidance == 1.0 and j in PICTURED
             title = f"step {j + 1} of {STEPS}" if pictured else ""
-            row = looker.look(step_name(guidance, j), walks.frames(x0), title, j == STEPS - 1, j=j)
+            name = step_name(guidance, j)
+            row = looker.look(name, walks.frames(x0), title, keep=j == STEPS - 1, j=j)
             if guidance in steps:
                 steps[guidance].append(row)
         ends.append(row | {"guidance": guidance})
@@ -468,7 +469,10 @@ def ablate(cfg, device):
     """The distillation with one thing changed at a time, each from the same teacher, on the same
     clips and with the same budget, then the judge, on the same people."""
     words = [word.strip() for word in cfg.only.split(",") if word.strip()]
-    wanted = [name for name in VARIANTS if not words or any(word in name for word in words)]
+    wanted = []
+    for name in VARIANTS:
+        if not words or any(word in name for word in words):
+            wanted.append(name)
     if not wanted:
         raise UserError(f"--only {cfg.only}: no such row; they are {'; '.join(VARIANTS)}")
     base = next(iter(VARIANTS))

@@ -17,6 +17,7 @@ def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
     plain, guided = rows["steps"]["1.0"], rows["steps"]["2.0"]
     for steps in (plain, guided):
         assert [row["j"] for row in steps] == list(range(50))
+        assert all(row["sync_c_ci"] >= 0 for row in steps)
         assert [row["guidance"] for row in rows["ends"]] == [1, 1.5, 2, 3, 4.5]
     for i, steps in ((0, plain), (2, guided)):
         assert rows["ends"][i]["psnr"] == steps[49]["psnr"] != steps[0]["psnr"]
@@ -93,6 +94,7 @@ def test_ablate_ends_in_json_and_goes_on(run, monkeypatch):
     names = ["as it is", "init alone", "1 step"]
     assert [(row["seed"], row["name"]) for row in rows] == [(i, n) for i in (0, 1) for n in names]
     assert len({row["psnr"] for row in rows}) == 6 and all(0 < row["psnr"] < 40 for row in rows)
+    assert all(row["landmark"] > 0 for row in rows)
     for place, name in enumerate(names[1:], start=1):
         for measure, (difference, low, high) in found["minus"][name].items():
             per_seed = [rows[start + place][measure] - rows[start][measure] for start in (0, 3)]

@@ -134,7 +134,8 @@ def test_the_jackknife_removes_most_of_the_frechet_distances_bias(people):
     found = evaluation(dub, truth)
     plain = bench.frechet_of(found.dub, found.truth, torch.ones(people).double())
     corrected, half_interval = found.frechet
-    assert plain - distance > 0.1  # few people always seem farther off
+    # Few people always seem farther off.
+    assert plain - distance > (0.1 if people == 256 else 0.4)
     assert abs(corrected - distance) < 0.6 * (plain - distance)
     assert 0 < half_interval < plain
     if people == 256:
