@@ -47,7 +47,7 @@ LABELS = {
     "landmark": "landmark (%)",
     "gain": "gain",
     "sharpness": "sharpness",
-    "frechet": "Fréchet",
+    "frechet": "Fréchet distance",
     "j": "step j (0 noise, 50 clean)",
     "landing": "j at which the second step begins",
 }
@@ -99,7 +99,7 @@ class Options(CommonOptions):
     config: str = opt("small", "the preset", ("tiny", "small"))
     only: str = opt(
         "",
-        "rows of ablate: those that hold one of these words, a comma between, and the first one",
+        "words, a comma between: only rows of ablate whose name holds one, and the first row",
     )
     seeds: int = opt(3, "trainings of each row of ablate", most=100)
 
@@ -187,7 +187,7 @@ def look_at_steps(walks, looker):
             if guidance not in steps and j < STEPS - 1:
                 continue
             pictured = guidance == 1.0 and j in PICTURED
-            title = f"step {j + 1} of {STEPS}" if pictured else ""
+            title = f"teacher, j = {j}" if pictured else ""
             name = step_name(guidance, j)
             row = looker.look(name, walks.frames(x0), title, keep=j == STEPS - 1, j=j)
             if guidance in steps:
@@ -239,7 +239,7 @@ def look_at_two_steps(walks, looker, preset_landing):
     return rows, differences
 
 
-def first_guess_of(student):
+def one_step(student):
     """The student that stops at its first call, in every chunk."""
     net = copy.copy(student)
     net.cfg = dataclasses.replace(student.cfg, num_steps=1)
@@ -248,21 +248,31 @@ def first_guess_of(student):
 
 def panels(path, caption, curves, axes, span=None):
     """Save a figure of `curves`, {name: rows}, with a panel for each (x, y) of `axes`, two keys of
-    the rows; y is a measure, shown with its standard error. span: (from, to) on the x axis that is
-    grey."""
+    the rows; y is a measure, shown with its standard error. Next to a row stands its "label", if it
+    has one. span: (from, to) on the x axis that is grey."""
     height = -(-len(axes) // 3)
     size = (13, 3.2 * height + 0.9)
     figure, grid = plt.subplots(height, 3, figsize=size, layout="constrained")
     for panel, (x, y) in zip(grid.flat, axes):
         panel.set(xlabel=LABELS[x], ylabel=LABELS[y])
+        panel.margins(x=0.08)
         if span:
-            panel.axvspan(*span, color="0.9")
+            panel.axvspan(*span, color="0.85")
         for name, rows in curves.items():
             along = [row[x] for row in rows]
             mean = np.array([row[y] for row in rows])
             error = np.array([row[y + "_ci"] for row in rows]) / 1.96
             (line,) = panel.plot(along, mean, ".-", label=name)
             panel.vlines(along, mean - error, mean + error, line.get_color(), alpha=0.2, lw=4)
+            for row in rows:
+                panel.annotate(
+                    row.get("label", ""),
+                    (row[x], row[y]),
+                    (4, -10),
+                    textcoords="offset points",
+                    fontsize="small",
+                    color=line.get_color(),
+                )
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(caption, fontsize="medium")
     runtime.save_figure(figure, path, dpi=80)
@@ -270,35 +280,40 @@ def panels(path, caption, curves, axes, span=None):
 
 
 def draw_curves(path, rows, recipe, people):
-    """Three figures of what `trajectory` found; grey is what the preset has."""
-    bars = f"{people}; bars: one standard error."
-    caption = (
-        f"What guidance {GUIDED:g} buys and costs: the guess of x0 at each of 50 steps. {bars}"
-    )
+    """Three figures of what `trajectory` found; grey in the first two is what the preset has."""
+    bars = f"\n{people}; bars: one standard error (all curves are of the same people, so their"
+    bars += " differences are surer)."
     window = (recipe.sync_first, recipe.sync_last)
-    caption += f"\nGrey, j = {window[0]} to {window[1]}: the sync window of the preset."
+    caption = f"What guidance {GUIDED:g} buys and costs: the guess of x0 at each of 50 steps."
+    caption += f" Grey, j = {window[0]} to {window[1]}: the sync window of the preset.{bars}"
     curves = {f"guidance {guidance:g}": curve for guidance, curve in rows["steps"].items()}
     axes = [("j", measure) for measure in COLUMNS]
     panels(f"{path}-guidance.png", caption, curves, axes, span=window)
 
-    caption = f"Two Euler steps from noise: guided where, landing where? {bars}"
-    caption += f"\nGrey line, j = {recipe.landing}: where the preset's student lands."
+    caption = "Two Euler steps of the teacher from noise: guided where, landing where? Grey line,"
+    caption += f" j = {recipe.landing}: where the preset's student lands.{bars}"
     curves = {}
     for first, by_second in rows["two_steps"].items():
         for second, curve in by_second.items():
-            curves[f"{first:g}, then {second:g}"] = curve
+            curves[f"guidance {first:g} in the first step, {second:g} in the second"] = curve
     axes = [("landing", "sync_c"), ("landing", "frechet"), ("landing", "psnr")]
-    panels(f"{path}-two-steps.png", caption, curves, axes, span=(recipe.landing, recipe.landing))
+    around = (recipe.landing - 0.3, recipe.landing + 0.3)
+    panels(f"{path}-two-steps.png", caption, curves, axes, span=around)
 
-    scales = ", ".join(f"{guidance:g}" for guidance in GUIDANCES)
+    ends = [row | {"label": f"{row['guidance']:g}"} for row in rows["ends"]]
+    two_steps = [row | {"label": f"{row['landing']}"} for row in rows["two_steps"][GUIDED][GUIDED]]
+    for row in two_steps[1:-1]:
+        row["label"] = ""  # those between the first and the last lie close together
+    one_step, all_steps = rows["student"]
+    in_the_window = list(rows["bands"].values())[-1]
     curves = {
-        f"50 steps, guidance {scales}": rows["ends"],
-        f"50 steps, {GUIDED:g} in the window, else 1": list(rows["bands"].values())[-1:],
-        f"2 steps, guided by {GUIDED:g}, landing 5 to 45": rows["two_steps"][GUIDED][GUIDED],
-        "student, first guess and last": rows["student"],
+        "teacher, 50 steps; its guidance": ends,
+        f"teacher, 50 steps, {GUIDED:g} in the window, else 1": [in_the_window],
+        f"teacher, 2 steps, guided by {GUIDED:g}; its landing": two_steps,
+        "student": [one_step | {"label": "1 step"}, all_steps],
         "truth": [rows["truth"]],
     }
-    caption = f"Fixed guidance against schedules. {bars}"
+    caption = f"Sync-C against three costs.{bars}"
     axes = [("frechet", "sync_c"), ("landmark", "sync_c"), ("sharpness", "sync_c")]
     panels(f"{path}-ends.png", caption, curves, axes)
 
@@ -311,14 +326,14 @@ def draw_bands(path, differences, people):
         panel.axhline(0, color="0.7")
         for place, name in enumerate(names):
             difference, low, high = differences[name][measure]
-            color = "C0" if place < len(BANDS) else "C1"
+            color = f"C{max(0, place - len(BANDS) + 1)}"
             panel.plot([place, place], [low, high], color=color)
             panel.plot(place, difference, "o", color=color)
         labels = [name.removeprefix("guided at j ").replace(" to ", "–") for name in names]
         panel.set(xticks=range(len(names)), xticklabels=labels, xlabel="j that are guided")
         panel.set_ylabel(f"{LABELS[measure]}, minus unguided")
-    caption = f"What guidance {GUIDED:g} at some of the 50 steps changes in their end."
-    caption += f" {people}; bars: 95 %, paired.\nOrange: the sync window of the preset."
+    caption = f"How the dub changes if only some of the 50 steps are guided, by {GUIDED:g}."
+    caption += f" {people}; bars: 95 %, paired.\nOrange: the sync window of the preset; green: all."
     figure.suptitle(caption, fontsize="medium")
     runtime.save_figure(figure, path, dpi=80)
     plt.close(figure)
@@ -351,23 +366,22 @@ def trajectory(cfg, device):
     window = range(recipe.sync_first, recipe.sync_last + 1)
     bands, of_bands = look_at_bands(walks, looker, window)
     two_steps, of_landings = look_at_two_steps(walks, looker, recipe.landing)
-    first = by_parts(dub_student, first_guess_of(student), pairs)
-    last = by_parts(dub_student, student, pairs)
+    of_one_step = by_parts(dub_student, one_step(student), pairs)
+    of_two_steps = by_parts(dub_student, student, pairs)
     rows = {
         "steps": steps,
         "ends": ends,
         "bands": bands,
         "two_steps": two_steps,
         "student": [
-            looker.look("student, first guess", first, "student, first guess"),
-            looker.look("student", last, "its last guess"),
+            looker.look("student, 1 step", of_one_step, "student, 1 step"),
+            looker.look("student", of_two_steps, f"{student.cfg.num_steps} steps"),
         ],
         "truth": looker.look("truth", pairs.truth, "truth"),
     }
     path = f"{cfg.out}/trajectory-{cfg.config}"
     people = f"{cfg.clips} held-out people"
     draw_curves(path, rows, recipe, people)
-    draw_bands(f"{path}-bands.png", of_bands, people)
     draw_mouths(f"{path}-mouths.png", looker, people)
     table("50 steps", {f"guidance {row['guidance']:g}": row for row in ends} | bands, COLUMNS)
     print("\nMore than unguided, beyond chance (95 %, paired bootstrap over people):")
@@ -377,6 +391,8 @@ def trajectory(cfg, device):
         print(f"- guidance {guidance:g}: {beyond_chance(of_ends[guidance])}")
     for name, differences in of_bands.items():
         print(f"- {name}: {beyond_chance(differences)}")
+    every_step = {f"guided at j 0 to {STEPS - 1}": of_ends[GUIDED]}
+    draw_bands(f"{path}-bands.png", of_bands | every_step, people)
     table(
         "two guided steps",
         {f"landing {row['landing']}": row for row in two_steps[GUIDED][GUIDED]},
@@ -435,27 +451,28 @@ def over_seeds(found):
     high)}}: the mean over seeds and its 95 % interval.
 
     Two variances add up. That of the people is not divided by the number of seeds, since they are
-    the same in all. That of the trainings is; three are too few to tell it for one row, so it is
-    taken from all rows: their median, which one wild row does not move. (With --only it is known
-    less well, with one seed not at all.)"""
+    the same in all. That of the trainings is; three may look alike by chance, so it is never taken
+    to be less than the median of all rows'. (With --only it is known less well, with one seed not
+    at all. All rows share the trainings of the first one, so errors by chance come in groups.)"""
     merged = {name: {} for name in found}
     for measure in COLUMNS:
         differences = {}
         of_people = {}
-        of_trainings = []
+        of_trainings = {}
         for name, seeds in found.items():
             per_seed, low, high = np.array([seed[measure] for seed in seeds]).T
             differences[name] = per_seed
             of_people[name] = ((high - low) / (2 * 1.96)).mean() ** 2
             if len(seeds) > 1:
-                # The median of such estimates is less than what they estimate, by this factor
-                # (Wilson and Hilferty 1931).
-                below = (1 - 2 / (9 * (len(seeds) - 1))) ** 3
-                of_trainings.append(per_seed.var(ddof=1) / len(seeds) / below)
+                of_trainings[name] = per_seed.var(ddof=1) / len(seeds)
         for name, per_seed in differences.items():
             variance = of_people[name]
             if of_trainings:
-                variance += np.median(of_trainings)
+                # The median of such estimates is less than what they estimate, by this factor
+                # (Wilson and Hilferty 1931).
+                below = (1 - 2 / (9 * (len(per_seed) - 1))) ** 3
+                least = np.median(list(of_trainings.values())) / below
+                variance += max(of_trainings[name], least)
             half = 1.96 * variance**0.5
             merged[name][measure] = (
                 per_seed.mean(),
@@ -466,8 +483,8 @@ def over_seeds(found):
 
 
 def ablate(cfg, device):
-    """The distillation with one thing changed at a time, each from the same teacher, on the same
-    clips and with the same budget, then the judge, on the same people."""
+    """The distillation with one thing changed at a time, each from the same teacher and on the
+    same clips, then the judge, on the same people."""
     words = [word.strip() for word in cfg.only.split(",") if word.strip()]
     wanted = []
     for name in VARIANTS:

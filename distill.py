@@ -392,9 +392,9 @@ def train_init(cfg, teacher, clips, expert, judge, val):
 def teacher_guidance(t, cfg):
     """Times (B, 1) -> the scale (B,) by which the teacher is guided there.
 
-    The window (paper Eq. 6) is j in [20, 40] of the grid, t in [.556, .882]. Nearer to noise there
-    is no mouth yet to be moved, nearer to the picture it is settled: guidance there would only
-    exaggerate it."""
+    The window (paper Eq. 6) is j in [20, 40] of the grid, t in [.556, .882]. The paper's reason:
+    nearer to noise guidance distorts, nearer to the picture the lips are settled. (What it does in
+    this world: analysis.py trajectory, and the rows of ablate.)"""
     inside = ((t >= grid_time(cfg.sync_last)) & (t <= grid_time(cfg.sync_first)))[:, 0]
     if cfg.sync_window == "off":
         inside = torch.zeros_like(inside)
@@ -581,7 +581,11 @@ def load_clips(cfg, split, device):
 
 def remembered(cfg):
     """What a checkpoint tells of how it was made."""
-    return dict(source_hash=runtime.source_hash(), options=runtime.result_options(cfg))
+    return dict(
+        source_hash=runtime.source_hash(),
+        options=runtime.result_options(cfg),
+        weights=cfg.weights,  # where the experts came from; a result depends on no other WHERE
+    )
 
 
 def save_stage(cfg, stage, net):

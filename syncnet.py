@@ -177,8 +177,7 @@ def reward_weights(expert, rectangle, mel, beta):
     pixels.
 
     Sync-C of unit vectors is a tenth of the paper's: beta 20 here is what 2 is there. (The paper's
-    weights are not over their mean. That changes DMD's share against the perceptual loss from batch
-    to batch; it is no larger learning rate, since AdamW and clipping do not mind the scale.)"""
+    weights are not over their mean, so there a batch in better sync has a larger gradient.)"""
     sync_c, _, _ = score(expert, rectangle, mel)
     weight = (beta * sync_c).exp()
     return weight / runtime.shared_mean(weight.mean()), sync_c.mean()

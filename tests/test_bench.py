@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import bench
+import distill
 import model
 import runtime
 import syncnet
@@ -53,14 +54,21 @@ def test_long_ends_in_json(run):
     assert rows["truth, last"]["psnr"] > 70 and rows["truth, last"]["sharpness"] == 1
 
 
-def test_what_a_folder_lacks_is_beside_the_teacher_that_its_student_names(tmp_path, tiny):
-    """Or else bundled; but never the student, which would be another teacher's."""
+def test_what_a_folder_lacks_is_where_its_student_had_it_from(tmp_path, tiny):
+    """From --teacher, --weights, or bundled; but never the student, which would be another
+    teacher's."""
     (tmp_path / "mine").mkdir()
     for name in ("teacher", "judge"):
         (tmp_path / f"mine/{name}.pt").touch()
     options = bench.Options(weights=str(tmp_path))
-    for teacher, expected in ((f"{tmp_path}/mine/teacher.pt", "mine"), ("", "small")):
-        model.save_dit(tmp_path / "student.pt", tiny, "student", options=dict(teacher=teacher))
+    mine = tmp_path / "mine"
+    for teacher, weights, expected in (
+        (f"{mine}/teacher.pt", "", "mine"),
+        ("", str(mine), "mine"),
+        ("", "", "small"),
+    ):
+        cfg = distill.Config(teacher=teacher, weights=weights)
+        model.save_dit(tmp_path / "student.pt", tiny, "student", **distill.remembered(cfg))
         for name, folder in (("teacher", expected), ("judge", expected), ("syncnet", "small")):
             assert bench.checkpoint(options, name).parent.name == folder
     (tmp_path / "student.pt").rename(tmp_path / "teacher.pt")
@@ -152,12 +160,11 @@ def test_frechet_distances_of_the_same_people_are_compared_in_pairs(people):
     worse[..., 0] += 0.6
     near = evaluation(dub, truth)
     far = evaluation(worse, truth)
-    rng = np.random.default_rng(0)
-    difference, low, high = bench.frechet_difference(far, near, rng)
+    difference, low, high = bench.frechet_difference(far, near)
     assert 0 < low < difference < high and low < 0.6**2 < high
-    backwards, low, high = bench.frechet_difference(near, far, rng)
+    backwards, low, high = bench.frechet_difference(near, far)
     assert low < backwards < high < 0 and backwards == pytest.approx(-difference)
-    assert bench.frechet_difference(near, near, rng) == (0, 0, 0)
+    assert bench.frechet_difference(near, near) == (0, 0, 0)
 
 
 def test_what_is_beyond_chance_is_told_in_words():
