@@ -304,13 +304,13 @@ def draw_curves(path, rows, recipe, people):
     two_steps = [row | {"label": f"{row['landing']}"} for row in rows["two_steps"][GUIDED][GUIDED]]
     for row in two_steps[1:-1]:
         row["label"] = ""  # those between the first and the last lie close together
-    one_step, all_steps = rows["student"]
+    of_one_step, of_two_steps = rows["student"]
     in_the_window = list(rows["bands"].values())[-1]
     curves = {
         "teacher, 50 steps; its guidance": ends,
         f"teacher, 50 steps, {GUIDED:g} in the window, else 1": [in_the_window],
         f"teacher, 2 steps, guided by {GUIDED:g}; its landing": two_steps,
-        "student": [one_step | {"label": "1 step"}, all_steps],
+        "student": [of_one_step | {"label": "1 step"}, of_two_steps],
         "truth": [rows["truth"]],
     }
     caption = f"Sync-C against three costs.{bars}"

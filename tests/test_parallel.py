@@ -30,6 +30,7 @@ def one_of_two(rank, folder):
     reward, _ = syncnet.reward_weights(expert, *(x[rank : rank + 1] for x in clip), beta=5.0)
     made = dict(drawn=drawn, norm=norm, weight=net.weight.detach(), reward=reward)
     torch.save(made, f"{folder}/{rank}.pt")
+    dist.barrier()  # so that neither ends while the other still talks to it
     dist.destroy_process_group()
 
 
