@@ -412,7 +412,14 @@ def test_reloads_leave_nothing_behind(tab, bundled):
 
 def test_the_server_has_gone(browser):
     command = [sys.executable, "live.py", "--port", "0"]
-    process = subprocess.Popen(command, cwd=live.PAGE.parent, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=live.PAGE.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        # What a shell runs in the background ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     address = process.stdout.readline().split()[0]
     context = browser.new_context()
     page = context.new_page()
