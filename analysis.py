@@ -319,14 +319,15 @@ def draw_curves(path, rows, recipe, people):
 
 
 def draw_bands(path, differences, people):
-    """Save a figure of what guidance in each band changes, {name: differences} of look_at_bands."""
+    """Save a figure of what guidance changes, {name: differences} of look_at_bands: in each of
+    BANDS, in the window, and in all steps."""
     figure, grid = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
     names = list(differences)
+    colors = ["C0"] * len(BANDS) + ["C1", "C2"]
     for panel, measure in zip(grid.flat, COLUMNS):
         panel.axhline(0, color="0.7")
-        for place, name in enumerate(names):
+        for place, (name, color) in enumerate(zip(names, colors, strict=True)):
             difference, low, high = differences[name][measure]
-            color = f"C{max(0, place - len(BANDS) + 1)}"
             panel.plot([place, place], [low, high], color=color)
             panel.plot(place, difference, "o", color=color)
         labels = [name.removeprefix("guided at j ").replace(" to ", "–") for name in names]

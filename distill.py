@@ -584,7 +584,7 @@ def remembered(cfg):
     return dict(
         source_hash=runtime.source_hash(),
         options=runtime.result_options(cfg),
-        weights=cfg.weights,  # where the experts came from; a result depends on no other WHERE
+        weights=cfg.weights,  # where its teacher and experts may have come from
     )
 
 

@@ -18,7 +18,7 @@ def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
     for steps in (plain, guided):
         assert [row["j"] for row in steps] == list(range(50))
         assert all(row["sync_c_ci"] >= 0 for row in steps)
-        assert [row["guidance"] for row in rows["ends"]] == [1, 1.5, 2, 3, 4.5]
+    assert [row["guidance"] for row in rows["ends"]] == [1, 1.5, 2, 3, 4.5]
     for i, steps in ((0, plain), (2, guided)):
         assert rows["ends"][i]["psnr"] == steps[49]["psnr"] != steps[0]["psnr"]
     bands = rows["bands"]
