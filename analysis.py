@@ -18,27 +18,15 @@ import torch
 
 import distill
 import faces
-import model
 import runtime
-import sample
-from bench import (
-    COLUMNS,
-    LATENTS,
-    CommonOptions,
-    beyond_chance,
-    by_parts,
-    checkpoint,
-    compare,
-    evaluate,
-    networks,
-    run_command,
-    summarize,
-)
+from bench import LATENTS, CommonOptions, by_parts, checkpoint, networks, run_command
 from data import mouth_rectangle
-from model import load_dit
+from flow import STEPS, add_noise, euler_guesses, grid_time, guided, seeded
+from metrics import COLUMNS, beyond_chance, compare, evaluate, summarize, table
+from model import DiT
 from runtime import UserError, opt
-from sample import STEPS, dub_student, grid_time
-from syncnet import load_syncnet, table
+from stream import dub_student, embed_clip, to_frames
+from syncnet import SyncNet
 
 PEOPLE = {"trajectory": 12, "ablate": 256}  # how many there are unless --clips is given
 LABELS = {
@@ -106,40 +94,33 @@ class Options(CommonOptions):
 
 class Walks:
     """The teacher's way from noise to clips of LATENTS latent frames, which it sees at once, as in
-    sample.dub_teacher. Every walk begins with the same noise."""
+    stream.dub_teacher. Every walk begins with the same noise."""
 
     def __init__(self, teacher, pairs):
         self.teacher = teacher
         self.source = pairs.source
-        self.cond = sample.embed_clip(teacher, pairs.source, pairs.mel)
-        self.noise = sample.seeded(0)(self.cond.masked_source)
+        self.cond = embed_clip(teacher, pairs.source, pairs.mel)
+        self.noise = seeded(0)(self.cond.masked_source)
 
     @torch.no_grad()
     def guess(self, x_t, j, guidance):
         """The teacher's x0 at step j of the grid, of all clips at once."""
         with runtime.autocast(self.teacher):
-            return sample.cfg_predict(self.teacher, x_t, grid_time(j), self.cond, guidance).float()
+            return guided(self.teacher, x_t, grid_time(j), self.cond, guidance).float()
 
     def walk(self, scales):
-        """Yields the guess of x0 at each Euler step, guided by scales[j] at step j. The last one is
-        where the walk ends, since t is 0 there."""
-        x_t = self.noise
-        for j, guidance in enumerate(scales):
-            x0 = self.guess(x_t, j, guidance)
-            yield x0
-            x_t = x_t + (grid_time(j + 1) - grid_time(j)) * sample.to_velocity(
-                x_t, x0, grid_time(j)
-            )
+        """Yields the guess of x0 at each Euler step, guided by scales[j] at step j."""
+        return euler_guesses(self.teacher, self.cond, self.noise, scales)
 
     def second_guess(self, first, landing, guidance):
         """The guess after one long Euler step from noise towards the `first` guess, to `landing`.
         (That is the first guess mixed with the noise.)"""
-        x_t = sample.add_noise(first, self.noise, grid_time(landing))
+        x_t = add_noise(first, self.noise, grid_time(landing))
         return self.guess(x_t, landing, guidance)
 
     def frames(self, x0):
         """A guess -> clips (n, T, S, S, 3) uint8."""
-        return sample.to_frames(self.teacher, x0, self.source)
+        return to_frames(self.teacher, x0, self.source)
 
 
 class Looker:
@@ -425,9 +406,9 @@ def trained(stage, train, recipe, made_from, *parts):
         else:
             net = train(recipe, *parts)
             about = distill.remembered(recipe) | {"made_from": made_from}
-            model.save_dit(path, net, stage, **about)
+            runtime.save_net(path, net, stage=stage, **about)
             runtime.resume_path(recipe, stage).unlink(missing_ok=True)
-    return load_dit(path, recipe.device)
+    return runtime.load_net(path, DiT, recipe.device)
 
 
 def train_row(name, recipe, folder, made_from, teacher, *parts):
@@ -498,8 +479,8 @@ def ablate(cfg, device):
     (judge,) = networks(cfg, device)
     recipe = distill.Config(**distill.PRESETS[cfg.config], config=cfg.config, device=str(device))
     files = [checkpoint(cfg, "teacher"), checkpoint(cfg, "syncnet")]
-    teacher = load_dit(files[0], device, like=recipe)
-    expert = load_syncnet(files[1], device)
+    teacher = distill.load_like(recipe, files[0], device)
+    expert = runtime.load_net(files[1], SyncNet, device)
     content = b"".join(file.read_bytes() for file in files) + runtime.source_hash().encode()
     made_from = hashlib.sha256(content).hexdigest()
     clips = distill.load_clips(recipe, "train", device)

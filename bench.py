@@ -3,13 +3,10 @@
 python bench.py speed --config tiny         # frames a second, time to the first one, training
 python bench.py quality --config small      # the judge's table: truth, teacher, student
 python bench.py speech --config small       # do the lips follow people's speech, and a new language
-python bench.py long --config small         # three minutes streamed, the last against the first
-python bench.py attention --config small    # the stream's attention: dense, and by kernels.py
 
 The paper's figures and ablations are in analysis.py.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -18,12 +15,10 @@ import math
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.benchmark import Timer
 
 import data
@@ -31,25 +26,19 @@ import distill
 import faces
 import model
 import runtime
-import sample
 import syncnet
 import voices
 from data import FPS, RATE, mouth_rectangle, to_float
 from faces import SPLITS, dub_pair, render_clip
-from model import load_dit
+from flow import STEPS
+from metrics import COLUMNS, beyond_chance, compare, evaluate, summarize, table
+from model import DiT
 from runtime import UserError, opt
-from sample import STEPS, dub_student, dub_teacher
-from syncnet import compute_metrics, features, gaussian_distance, load_syncnet, table
+from stream import dub_stream, dub_student, dub_teacher
+from syncnet import SyncNet
 
-# The columns of the quality table and their digits. The first five are means over people, see
-# syncnet.compute_metrics. The last is the Fréchet distance between the dubs and the truths of all
-# people, see syncnet.frechet; a plain one grows as the number of people falls, so its bias is
-# removed here by the jackknife, see frechet_of_all. What is left may lie a little below zero.
-COLUMNS = {"sync_c": 3, "psnr": 2, "landmark": 2, "gain": 2, "sharpness": 2, "frechet": 2}
-PEOPLE = {"quality": 64, "speech": 3, "long": 4}  # how many there are unless --clips is given
+PEOPLE = {"quality": 64, "speech": 3}  # how many there are unless --clips is given
 LATENTS = 12  # of each person, 48 frames: more people tell more than more frames of the same
-RESAMPLES = 1000  # of the people, for the interval of a difference between two rows
-FRECHET_RESAMPLES = 400  # fewer for the Fréchet distance, since one takes 15 ms
 SPEECH = Path(__file__).parent / "tests" / "speech"  # recorded sentences, which train nothing
 SOUNDS = {  # groups of ARPAbet phones
     "bilabials": ("M", "B", "P"),
@@ -64,9 +53,7 @@ SPEAKERS = 2500  # from this number on, held-out people whom no other bench has 
 class CommonOptions:
     """The options that bench.py and analysis.py share."""
 
-    config: str = opt(
-        "small", "the preset; 1.3B is for speed and attention alone", ("tiny", "small", "1.3B")
-    )
+    config: str = opt("small", "the preset; 1.3B is for speed alone", ("tiny", "small", "1.3B"))
     weights: str = opt(
         "",
         "the folder of teacher, student and judge; weights/CONFIG if not given",
@@ -83,12 +70,6 @@ class CommonOptions:
 @dataclasses.dataclass
 class Options(CommonOptions):
     rounds: int = opt(5, "times that speed measures each row, taking turns", most=1000)
-    seconds: int = opt(
-        180,
-        "seconds of each stream that long measures",
-        least=20,
-        most=3600,
-    )
 
 
 def checkpoint(cfg, name):
@@ -121,9 +102,11 @@ def checkpoint(cfg, name):
 
 def networks(cfg, device, *names):
     """The judge, then the networks of these names, "student" or "teacher"."""
-    found = [load_syncnet(checkpoint(cfg, "judge"), device)]
+    found = [runtime.load_net(checkpoint(cfg, "judge"), SyncNet, device)]
     for name in names:
-        found.append(load_dit(checkpoint(cfg, name), device, runtime.fast_dtype(device)))
+        found.append(
+            runtime.load_net(checkpoint(cfg, name), DiT, device, runtime.fast_dtype(device))
+        )
     return found
 
 
@@ -133,150 +116,6 @@ def by_parts(dub, net, pairs, **options):
     for seed, (source, mel) in enumerate(zip(pairs.source.split(8), pairs.mel.split(8))):
         dubs.append(dub(net, source, mel, seed=seed, **options))
     return torch.cat(dubs)
-
-
-class Moments(NamedTuple):
-    """Sums over the frames of each person, from which the mean and the covariance of the features
-    of any choice of people follow without going over the frames again."""
-
-    frames: int  # of each person
-    sums: torch.Tensor  # (n, E) of the features
-    products: torch.Tensor  # (n, E, E) of their outer products
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """What the judge finds in the dubs of n people."""
-
-    values: dict  # {measure: (n,) numpy}, see syncnet.compute_metrics
-    dub: Moments
-    truth: Moments
-    frechet: tuple  # of all people, see frechet_of_all
-
-    @functools.cached_property
-    def frechet_resampled(self):
-        """(FRECHET_RESAMPLES,) Fréchet distances of n people who are drawn from the n, with
-        replacement: the same draws in all Evaluations of n people, so that they can be compared."""
-        n = len(self.dub.sums)
-        rng = np.random.default_rng(0)
-        distances = []
-        for _ in range(FRECHET_RESAMPLES):
-            times_drawn = np.bincount(rng.integers(n, size=n), minlength=n)
-            weights = torch.from_numpy(times_drawn).double()
-            distances.append(frechet_of(self.dub, self.truth, weights))
-        return np.array(distances)
-
-
-def moments_of(seen):
-    """Features (n, T, E) of T frames of each of n people -> Moments."""
-    seen = seen.cpu().double()
-    return Moments(frames=seen.shape[1], sums=seen.sum(1), products=seen.mT @ seen)
-
-
-def mean_and_covariance(moments, weights):
-    """Of the features of all frames, if each person's are there weights (n,) times."""
-    count = moments.frames * weights.sum()
-    mean = weights @ moments.sums / count
-    products = torch.einsum("n,nef->ef", weights, moments.products)
-    return mean, (products - count * mean.outer(mean)) / (count - 1)
-
-
-def frechet_of(dub, truth, weights):
-    """syncnet.frechet, of Moments, if each person is there weights (n,) times."""
-    dub_mean, dub_covariance = mean_and_covariance(dub, weights)
-    truth_mean, truth_covariance = mean_and_covariance(truth, weights)
-    return gaussian_distance(dub_mean, dub_covariance, truth_mean, truth_covariance)
-
-
-def frechet_of_all(dub, truth):
-    """-> the Fréchet distance of all n people without its bias, and half the width of the 95 %
-    interval of the distance with its bias.
-
-    A distance of few people is too large: two small samples differ even where their distributions
-    are equal. The bias falls about as 1 / n, so the jackknife, which leaves out one person at a
-    time, tells how large it is: n d_all - (n - 1) mean(d_without_one). With fewer people than
-    features a part of it remains: compare only distances of the same number of people."""
-    n = len(dub.sums)
-    everyone = torch.ones(n, dtype=torch.double)
-    distance = frechet_of(dub, truth, everyone)
-    without_one = []
-    for person in range(n):
-        weights = everyone.clone()
-        weights[person] = 0
-        without_one.append(frechet_of(dub, truth, weights))
-    corrected = n * distance - (n - 1) * np.mean(without_one)
-    return corrected, 1.96 * ((n - 1) * np.var(without_one)) ** 0.5
-
-
-def evaluate(dub, pairs, judge):
-    """dub (n, T, S, S, 3) uint8 of faces.Pairs -> Evaluation."""
-    n = len(dub)
-    values = {}
-    for key, value in compute_metrics(dub, pairs, judge).items():
-        values[key] = value.cpu().double().numpy()
-    of_dub = moments_of(features(judge, dub).unflatten(0, (n, -1)))
-    of_truth = moments_of(features(judge, pairs.truth).unflatten(0, (n, -1)))
-    return Evaluation(values, of_dub, of_truth, frechet_of_all(of_dub, of_truth))
-
-
-def summarize(evaluation):
-    """A row of the table: the means over people and the Fréchet distance, and under NAME_ci half
-    of their 95 % intervals."""
-    row = {}
-    for key, values in evaluation.values.items():
-        row[key] = values.mean()
-        row[key + "_ci"] = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-    row["frechet"], row["frechet_ci"] = evaluation.frechet
-    return row
-
-
-def judged(dub, pairs, judge):
-    """dub (n, T, S, S, 3) uint8 of faces.Pairs -> a row of the table."""
-    return summarize(evaluate(dub, pairs, judge))
-
-
-def paired_difference(values_a, values_b, rng):
-    """The mean of a - b over people, values (n,) of the same people each -> (difference, low,
-    high), a 95 % interval by the bootstrap: people are drawn again, with replacement. What makes
-    one person harder to dub than another is in both values and cancels. (Of few people the
-    interval is too narrow: by 12 % of 16, by 7 % of 24.)"""
-    differences = values_a - values_b
-    n = len(differences)
-    people = rng.integers(n, size=(RESAMPLES, n))
-    low, high = np.quantile(differences[people].mean(axis=1), [0.025, 0.975])
-    return differences.mean(), low, high
-
-
-def frechet_difference(a, b):
-    """The Fréchet distance of Evaluation a less that of b -> (difference, low, high), again by
-    drawing people anew, the same for both. A resample holds some people twice, which makes its bias
-    larger; so only the spread of the resamples is used, around the difference without bias."""
-    resampled = a.frechet_resampled - b.frechet_resampled
-    low, high = np.quantile(resampled, [0.025, 0.975]) - np.mean(resampled)
-    difference = a.frechet[0] - b.frechet[0]
-    return difference, difference + low, difference + high
-
-
-def compare(a, b):
-    """Two Evaluations of the same people -> {measure: (a minus b, low, high)}."""
-    rng = np.random.default_rng(0)
-    differences = {}
-    for key in a.values:
-        differences[key] = paired_difference(a.values[key], b.values[key], rng)
-    differences["frechet"] = frechet_difference(a, b)
-    return differences
-
-
-def beyond_chance(differences):
-    """What `compare` found whose 95 % interval does not hold zero, in words. (Of twenty measures
-    that do not differ at all, one is expected here.)"""
-    words = []
-    for key, (difference, low, high) in differences.items():
-        if low > 0 or high < 0:
-            digits = COLUMNS[key]
-            interval = f"[{low:+.{digits}f}, {high:+.{digits}f}]"
-            words.append(f"{key} {difference:+.{digits}f} {interval}")
-    return ", ".join(words) or "nothing"
 
 
 def quality(cfg, device):
@@ -378,7 +217,7 @@ def mouth_opening(judge, video):
 
 def read_openings(judge, student, source, truth):
     """What the judge reads: {"drawn lips": the truth's opening (T,), "student": its dub's}."""
-    dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
+    dub = torch.cat(list(dub_stream(student, source.video, truth.audio)))
     device = next(student.parameters()).device
     return {
         "drawn lips": mouth_opening(judge, truth.video.to(device)),
@@ -436,35 +275,6 @@ def speech(cfg, device):
     return {"rows": rows, "languages": languages}
 
 
-def long(cfg, device):
-    """Is a stream's last minute as good as its first? Both are judged in pieces of ten seconds.
-    (The pieces of one person count as if they were of several: the intervals are a bit narrow.)"""
-    judge, student = networks(cfg, device, "student")
-    pieces = cfg.seconds // 10
-    minute = min(6, pieces // 2)
-    ends = {"first": slice(0, minute), "last": slice(pieces - minute, pieces)}
-    pairs = {end: [] for end in ends}  # of each person
-    dubs = {end: [] for end in ends}
-    for i in range(cfg.clips):
-        source, truth = dub_pair(i, 10 * pieces * FPS, student.cfg.size)
-        dub = torch.cat(list(sample.stream(student, source.video, truth.audio)))
-        mel = data.log_mel(truth.audio)
-        mouth = torch.from_numpy(truth.mouth)
-        stream = faces.Pairs(source.video, truth.video, mel, mouth)
-        for end, where in ends.items():
-            pairs[end].append([track.unflatten(0, (pieces, -1))[where] for track in stream])
-            dubs[end].append(dub.unflatten(0, (pieces, -1))[where])
-
-    rows = {}
-    for end in ends:
-        # From a list of people, each with all fields of Pairs, to fields with all people.
-        everyone = faces.Pairs(*(torch.cat(field).to(device) for field in zip(*pairs[end])))
-        rows[f"truth, {end}"] = judged(everyone.truth, everyone, judge)
-        rows[f"student, {end}"] = judged(torch.cat(dubs[end]).to(device), everyone, judge)
-    table("minute", rows, COLUMNS)
-    return {"first": rows["student, first"], "last": rows["student, last"], "rows": rows}
-
-
 def recipe_of(config):
     """The distill.Config of a preset. 1.3B: the shape of the paper's network, at 512 pixels; 384
     tokens a latent frame, where the paper has 1,024."""
@@ -516,25 +326,22 @@ def speed(cfg, device):
         yield dub_teacher(net, source, mel, guidance=guidance, latents=recipe.latents)[0]
 
     ways = {
-        "student": functools.partial(sample.stream, net, clip.video, clip.audio),
+        "student": functools.partial(dub_stream, net, clip.video, clip.audio),
         "teacher_guided": functools.partial(teacher_windows, recipe.guidance_scale),
         "teacher": functools.partial(teacher_windows, 1.0),
     }
     if model.has_kernel(net):
-        fused = copy.copy(net)
-        fused.fused = True
-        ways["student_fused"] = functools.partial(sample.stream, fused, clip.video, clip.audio)
+        fused = functools.partial(dub_stream, net, fused=True)
+        ways["student_fused"] = functools.partial(fused, clip.video, clip.audio)
         # Eight times as long: until the window is full, a stream's chunks are not in the graph.
         video = clip.video.repeat(8, 1, 1, 1)
         audio = np.tile(clip.audio, 8)
-        ways["student_graph"] = functools.partial(
-            sample.stream, fused, video, audio, cuda_graph=True
-        )
+        ways["student_graph"] = functools.partial(fused, video, audio, cuda_graph=True)
 
     runs = {name: [] for name in ways}
     for _ in range(cfg.rounds + 1):
         for name, way in ways.items():  # taking turns, since a machine's pace changes with time
-            runs[name].append(sample.clock(way(), device))
+            runs[name].append(runtime.clock(way(), device))
     result = {}
     for name, run in runs.items():
         fps, ttff = np.array(run[1:]).T  # the first run warmed up
@@ -558,50 +365,6 @@ def speed(cfg, device):
     if cfg.config != "1.3B":
         result["train"] = training(recipe, device)
     return result
-
-
-@torch.no_grad()
-def attention(cfg, device):
-    """One block's attention in one pass of the stream, the window full, QK-norm and RoPE included:
-    dense (gather, turn, attend), flex_attention with a mask of the window, and kernels.py."""
-    recipe = recipe_of(cfg.config)
-    dtype = runtime.fast_dtype(device)
-    c = dataclasses.replace(model.network_of(recipe), depth=1)
-    net = model.DiT(c).to(device, dtype)
-    block = net.blocks[0]
-    cache = model.KVCache(net, 1)
-    held = c.sink + c.window - c.chunk  # latent frames in the cache
-    places = c.sink + c.window  # and with the chunk's own
-    cache.frames = list(range(held))
-    N = model.n_tokens(c)
-    qkv = torch.randn(1, c.chunk * N, 3, c.heads, c.width // c.heads, device=device, dtype=dtype)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-
-    def stream_attention(fused):
-        return block.attention(q, k, v, net.rope, c, cache=cache, fused=fused)
-
-    def in_window(batch, head, query, key):
-        return key < places * N
-
-    def flexible():
-        cache.update(0, model.qk_norm(k, block.k_scale), v)
-        keys, values = cache.kv[0].flatten(3, 4)
-        keys = model.apply_rope(keys, net.rope[:places])
-        queries = model.apply_rope(model.qk_norm(q, block.q_scale), net.rope[held:places])
-        return compiled(queries, keys, values, block_mask=mask)
-
-    ways = {"dense": functools.partial(stream_attention, fused=False)}
-    if model.has_kernel(net):
-        compiled = torch.compile(flex_attention)
-        mask = create_block_mask(in_window, None, None, c.chunk * N, places * N, device)
-        ways["flex_attention"] = flexible
-        ways["kernels.py"] = functools.partial(stream_attention, fused=True)
-    times = {}
-    for name, way in ways.items():
-        times[name] = 1000 * mean_seconds(way, 20 * cfg.rounds)
-    rows = {cfg.config: times}
-    table("ms", rows, dict.fromkeys(ways, 3))
-    return {"rows": rows}
 
 
 def json_ready(value):
@@ -641,8 +404,6 @@ def main(argv):
         "speed": speed,
         "quality": quality,
         "speech": speech,
-        "long": long,
-        "attention": attention,
     }
     run_command(argv, commands, Options, PEOPLE, __doc__)
 

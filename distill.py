@@ -17,17 +17,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data
 import faces
 import media
+import metrics
 import model
 import runtime
-import sample
 import syncnet
 from data import to_float, to_pixels, to_tokens
-from model import DiT, denoising_loss, load_dit, network_of, save_dit
+from flow import (
+    add_noise,
+    denoising_loss,
+    denoising_times,
+    flow_loss,
+    grid_time,
+    guided,
+    noise_like,
+    shift_time,
+)
+from model import DiT, network_of
 from runtime import (
     UserError,
     adam_w,
@@ -36,22 +45,11 @@ from runtime import (
     learning_rate,
     opt,
     optimizer_step,
-    rank,
     step_seed,
     update_ema,
-    world_size,
 )
-from sample import (
-    add_noise,
-    cfg_predict,
-    denoising_times,
-    dub_student,
-    grid_time,
-    noise_like,
-    rollout,
-    shift_time,
-)
-from syncnet import means, reward_weights, token_perceptual_loss
+from stream import dub_stream, dub_student, dub_teacher, in_chunks, rollout
+from syncnet import SyncNet, reward_weights, token_perceptual_loss
 
 AUDIO_DROP = 0.12  # share of the teacher's clips whose sound is withheld, for guidance
 LOWEST = 0.02  # the smallest t in the teacher's training and in DMD (paper: .001)
@@ -225,33 +223,22 @@ def target(batch):
 
 def evaluate_teacher(teacher, val, judge, cfg):
     """The measures of its dubs, guided and in 10 steps."""
-    dub = sample.dub_teacher(
+    dub = dub_teacher(
         teacher, val.source, val.mel, steps=10, guidance=cfg.guidance_scale, latents=cfg.latents
     )
-    return means(dub, val, judge)
+    return metrics.means(dub, val, judge)
 
 
 def evaluate_student(student, val, judge):
     """The measures of its dubs."""
-    return means(dub_student(student, val.source, val.mel), val, judge)
-
-
-def flow_loss(net, x0, noise, t, cond, cfg, edges=None):
-    """Flow matching by a network that predicts x0, with the loss in velocity space: |v' - v|^2 =
-    |x0' - x0|^2 / t^2. t (B, 1) -> the loss, and the prediction x0'.
-
-    The weight 1 / t^2 is clipped: near t = 0 the noisy picture shows all that is to be predicted,
-    and unclipped (2,500 at t = .02) those easy samples would be all that counts."""
-    pred = net(add_noise(x0, noise, t), t, cond)
-    weight = (1 / t**2).clamp(max=cfg.weight_clip)
-    return denoising_loss(net, pred, x0, weight, edges), pred
+    return metrics.means(dub_student(student, val.source, val.mel), val, judge)
 
 
 def teacher_loss(net, expert, batch, noise, t, drop, cfg, edges, perceptual_weight):
     """flow_loss and, times a weight (None: without), the perceptual loss -> a number."""
     truth = target(batch)
     x0 = to_tokens(truth, cfg.patch)
-    loss, pred = flow_loss(net, x0, noise, t, embed(net, batch, drop), cfg, edges)
+    loss, pred = flow_loss(net, x0, noise, t, embed(net, batch, drop), cfg.weight_clip, edges)
     if perceptual_weight is not None:
         loss = loss + perceptual_weight * token_perceptual_loss(expert, pred, truth, cfg.patch)
     return loss
@@ -261,11 +248,11 @@ def train_teacher(cfg, clips, expert, judge, val):
     """Flow matching. The audio encoder starts as the lip-sync expert's (the paper: wav2vec 2.0)."""
     device = clips.video.device
     steps = cfg.teacher_steps
-    B = cfg.batch // world_size()
+    B = cfg.batch
     torch.manual_seed(cfg.seed)  # of the weights
     net = DiT(network_of(cfg)).to(device)
     if cfg.start:
-        net.load_state_dict(load_dit(cfg.start).state_dict())
+        net.load_state_dict(runtime.load_net(cfg.start, DiT).state_dict())
     else:
         net.audio_encoder.load_state_dict(expert.audio_encoder.state_dict())
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -300,7 +287,7 @@ def train_teacher(cfg, clips, expert, judge, val):
             perceptual = None  # not made at all: that spares a tenth of a step
 
         batch = clips.sample_batch(B, cfg, rng)
-        noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
+        noise = torch.randn(B, cfg.latents, *net.token_shape, generator=rng, device=device)
         t = sample_times(B, cfg.t_shift, rng)
         drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
         with autocast(net):
@@ -314,7 +301,7 @@ def train_teacher(cfg, clips, expert, judge, val):
         save_now = time.time() - saved > runtime.SAVE_SECONDS
         if step % log_every == 0 or step == steps or save_now:
             values = runtime.finite("teacher", step, loss=loss, norm=norm)
-            if rank() == 0 and (step % evaluate_every == 0 or step == steps):
+            if step % evaluate_every == 0 or step == steps:
                 values |= evaluate_teacher(ema, val, judge, cfg)
             runtime.log(cfg, "teacher", step, steps, first, start, values)
         if save_now:
@@ -349,7 +336,7 @@ def train_init(cfg, teacher, clips, expert, judge, val):
     student's."""
     device = clips.video.device
     steps = cfg.init_steps
-    B = cfg.batch // world_size()
+    B = cfg.batch
     net = student_of(teacher, cfg)
     ema = copy.deepcopy(net).requires_grad_(False)
     adam = adam_w(net.parameters(), cfg.init_lr, betas=(0.9, 0.98))
@@ -365,7 +352,7 @@ def train_init(cfg, teacher, clips, expert, judge, val):
     for step in range(first, steps + 1):
         rng.manual_seed(step_seed(cfg.seed + 1, step))
         batch = clips.sample_batch(B, cfg, rng)
-        noise = torch.randn(B, cfg.latents, *net.mask.shape, generator=rng, device=device)
+        noise = torch.randn(B, cfg.latents, *net.token_shape, generator=rng, device=device)
         shape = B, cfg.latents // cfg.chunk
         level = levels[torch.randint(len(levels), shape, generator=rng, device=device)]
         t = level.repeat_interleave(cfg.chunk, 1)  # B L
@@ -378,7 +365,7 @@ def train_init(cfg, teacher, clips, expert, judge, val):
         save_now = time.time() - saved > runtime.SAVE_SECONDS
         if step % log_every == 0 or step == steps or save_now:
             values = runtime.finite("init", step, loss=loss, norm=norm)
-            if rank() == 0 and (step % evaluate_every == 0 or step == steps):
+            if step % evaluate_every == 0 or step == steps:
                 values |= evaluate_student(ema, val, judge)
             runtime.log(cfg, "init", step, steps, first, start, values)
         if save_now:
@@ -430,7 +417,7 @@ def student_loss(cfg, X, batch, teacher, critic, expert, rng):
         t = sample_times(len(X), cfg.dmd_shift, rng)
         x_t = add_noise(X, noise_like(X, rng), t)
         scale = teacher_guidance(t, cfg)
-        pred_real = cfg_predict(teacher, x_t, t, embed(teacher, batch), scale).float()
+        pred_real = guided(teacher, x_t, t, embed(teacher, batch), scale).float()
         # The critic must go on learning: it tells where the student's dubs are too common. One that
         # stays a copy of the teacher would differ from it by the guidance alone, and push for ever
         # in that direction (a row of analysis.py ablate).
@@ -448,7 +435,7 @@ def train_dmd(cfg, teacher, init, clips, expert, judge, val):
     constant. The init that it starts from is a blur: sharpness .32 at small, gain .41."""
     device = clips.video.device
     steps = cfg.dmd_steps
-    B = cfg.dmd_batch // world_size()
+    B = cfg.dmd_batch
     student = student_of(init, cfg)
     critic = copy.deepcopy(teacher).train().requires_grad_(True)
     ema = copy.deepcopy(student).requires_grad_(False)
@@ -468,13 +455,14 @@ def train_dmd(cfg, teacher, init, clips, expert, judge, val):
             students_turn = turn == cfg.critic_updates
             batch = clips.sample_batch(B, cfg, rng)
 
-            # After which call the student stops is drawn at random; the same in all processes, so
-            # that they take equally long.
-            shared_rng = np.random.default_rng([cfg.seed, step, turn])
-            exit_step = int(shared_rng.integers(cfg.num_steps))
+            # After which call the student stops is drawn at random.
+            exit_rng = np.random.default_rng([cfg.seed, step, turn])
+            exit_step = int(exit_rng.integers(cfg.num_steps))
             with torch.set_grad_enabled(students_turn), autocast(student):
                 cond = embed(student, batch)
-                X = rollout(student, cond, exit_step, rng)  # B L N P
+                chunks = in_chunks(cond, cfg.chunk)
+                made = rollout(student, chunks, lambda x: noise_like(x, rng), exit_step)
+                X = torch.cat(list(made), 1)  # B L N P
 
             # The last of these turns trains the student ...
             if students_turn:
@@ -489,7 +477,9 @@ def train_dmd(cfg, teacher, init, clips, expert, judge, val):
             t = sample_times(B, cfg.dmd_shift, rng)
             with autocast(critic):
                 cond = embed(critic, batch)
-                critic_loss, _ = critic_loss_of(critic, X, noise_like(X, rng), t, cond, cfg)
+                critic_loss, _ = critic_loss_of(
+                    critic, X, noise_like(X, rng), t, cond, cfg.weight_clip
+                )
             critic_loss.backward()
             optimizer_step(critic, {critic_adam: cfg.critic_lr})
 
@@ -498,7 +488,7 @@ def train_dmd(cfg, teacher, init, clips, expert, judge, val):
             values = runtime.finite(
                 "student", step, critic_loss=critic_loss, loss=loss, norm=norm, reward_c=sync_c
             )
-            if rank() == 0 and (step % evaluate_every == 0 or step == steps):
+            if step % evaluate_every == 0 or step == steps:
                 values |= evaluate_student(ema, val, judge)
             runtime.log(cfg, "student", step, steps, first, start, values)
         if save_now:
@@ -510,7 +500,7 @@ def train_dmd(cfg, teacher, init, clips, expert, judge, val):
 
 
 def set_up(cfg):
-    """Check what argparse cannot, and meet the other processes -> device."""
+    """Check what argparse cannot -> device."""
     most = data.CLIP_LATENTS - 2 * cfg.chunk  # which leaves room for a reference
     if cfg.latents % cfg.chunk or cfg.latents > most:
         raise UserError(
@@ -521,19 +511,13 @@ def set_up(cfg):
             f"--sync_first {cfg.sync_first}: choose less than --sync_last {cfg.sync_last}"
         )
     with torch.device("meta"):  # which has shapes, and no memory
-        net = DiT(network_of(cfg))  # UserError now, not after the experts
+        net = DiT(network_of(cfg))  # an assertion fails now, not after the experts
     if cfg.folder:
         media.mp4s(cfg.folder)
     for path in (cfg.teacher, cfg.start):
-        if path and load_dit(path, like=cfg).stage != "teacher":
+        if path and load_like(cfg, path).stage != "teacher":
             raise UserError(f"{path}: a causal student cannot teach; name a teacher.pt")
     runtime.keep_memory()
-    runtime.join_others(cfg.device)
-    if cfg.batch % world_size() or cfg.dmd_batch % world_size():
-        batches = f"{cfg.batch} or {cfg.dmd_batch}"
-        raise UserError(
-            f"--batch and --dmd_batch, {batches}: choose multiples of {world_size()} processes"
-        )
     device = runtime.find_device(cfg.device, cfg.precision)
     check_memory(cfg, net, device)
     cfg.out = cfg.out or f"out/{cfg.config}"
@@ -551,8 +535,8 @@ def check_memory(cfg, net, device):
     fixed = sum(buffer.nbytes for buffer in net.buffers())
     need = {
         f"--clips {cfg.clips}": cfg.clips * clip,
-        f"--batch {cfg.batch}": cfg.batch // world_size() * sample,
-        f"--dmd_batch {cfg.dmd_batch}": cfg.dmd_batch // world_size() * sample,
+        f"--batch {cfg.batch}": cfg.batch * sample,
+        f"--dmd_batch {cfg.dmd_batch}": cfg.dmd_batch * sample,
         # Besides the weights their mean, their gradient and an optimizer's state.
         f"--width {cfg.width} --depth {cfg.depth} --size {cfg.size}": 4 * weights + fixed,
     }
@@ -561,6 +545,18 @@ def check_memory(cfg, net, device):
         if size > there:
             amount = f"more than {size / 1e9:.0f} GB of memory; {device} has {there / 1e9:.0f}"
             raise UserError(f"{what} needs {amount}; choose less")
+
+
+def load_like(cfg, path, device="cpu"):
+    """A checkpoint -> DiT. UserError: its network is not of the shape that cfg says."""
+    net = runtime.load_net(path, DiT, device)
+    for key in ("size", "patch", "width", "depth", "heads"):
+        there = getattr(net.cfg, key)
+        here = getattr(cfg, key)
+        if there != here:
+            what = f"{key} is {there} there and {here} here"
+            raise UserError(f"{path}: {what}; use that option, or another checkpoint")
+    return net
 
 
 def load_clips(cfg, split, device):
@@ -591,15 +587,13 @@ def remembered(cfg):
 def save_stage(cfg, stage, net):
     """Save what a stage has made -> its path. What was made from a former one is deleted."""
     path = Path(cfg.out, f"{stage}.pt")
-    if rank() == 0:
-        for later in STAGES[STAGES.index(stage) + 1 :]:
-            stale = Path(cfg.out, f"{later}.pt")
-            if stale.is_file():
-                print(f"{later}: {stale} was made from the former {path}: deleted")
-            stale.unlink(missing_ok=True)
-            runtime.resume_path(cfg, later).unlink(missing_ok=True)
-    save_dit(path, net, stage, **remembered(cfg))
-    runtime.barrier()  # until the file is there
+    for later in STAGES[STAGES.index(stage) + 1 :]:
+        stale = Path(cfg.out, f"{later}.pt")
+        if stale.is_file():
+            print(f"{later}: {stale} was made from the former {path}: deleted")
+        stale.unlink(missing_ok=True)
+        runtime.resume_path(cfg, later).unlink(missing_ok=True)
+    runtime.save_net(path, net, stage=stage, **remembered(cfg))
     runtime.resume_path(cfg, stage).unlink(missing_ok=True)
     print(f"{stage}: {path}", flush=True)
     return path
@@ -608,21 +602,21 @@ def save_stage(cfg, stage, net):
 def closing_table(cfg, teacher, student, judge, device):
     """Held-out people dubbed to other words, by the teacher and by the student."""
     pairs = faces.make_pairs(TABLE_CLIPS, cfg.size, "held-out", device, 24 // cfg.chunk * cfg.chunk)
-    teachers = sample.dub_teacher(teacher, pairs.source, pairs.mel, latents=cfg.latents)
+    teachers = dub_teacher(teacher, pairs.source, pairs.mel, latents=cfg.latents)
     students = dub_student(student, pairs.source, pairs.mel)
     rows = {
-        "truth": means(pairs.truth, pairs, judge),
-        "teacher, 50 steps, unguided": means(teachers, pairs, judge),
-        f"student, {cfg.num_steps} steps a chunk": means(students, pairs, judge),
+        "truth": metrics.means(pairs.truth, pairs, judge),
+        "teacher, 50 steps, unguided": metrics.means(teachers, pairs, judge),
+        f"student, {cfg.num_steps} steps a chunk": metrics.means(students, pairs, judge),
     }
     print(
         f"\n{TABLE_CLIPS} held-out people, dubbed to other words, and a judge that trains nothing:"
     )
-    syncnet.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharpness=2, frechet=2))
+    metrics.table("", rows, dict(sync_c=3, psnr=2, landmark=2, sharpness=2, frechet=2))
 
     _, clip = faces.dub_pair(0, pairs.source.shape[1], cfg.size)
     for _ in range(2):  # the first warms up
-        fps, ttff = sample.clock(sample.stream(student, clip.video, clip.audio), device)
+        fps, ttff = runtime.clock(dub_stream(student, clip.video, clip.audio), device)
     print(f"The student streams {fps:.0f} frames a second, the first after {1000 * ttff:.1f} ms.")
 
 
@@ -638,13 +632,12 @@ def main_job(cfg, device):
     path = runtime.result("judge", cfg, bundled=True)
     if path is None:
         path = Path(cfg.out, "judge.pt")
-        if rank() == 0:
-            clips = load_clips(cfg, "judge", device)
-            seed = cfg.seed + 20
-            syncnet.train(path, expert_cfg, clips, cfg.sync_steps, seed, val, **remembered(cfg))
-            del clips  # its memory is needed for the others
-        runtime.barrier()  # until the file is there
-    judge = syncnet.load_syncnet(path, device)
+        clips = load_clips(cfg, "judge", device)
+        net = syncnet.train(expert_cfg, clips, cfg.sync_steps, cfg.seed + 20, val, "judge")
+        runtime.save_net(path, net, **remembered(cfg))
+        print(f"judge: {path}", flush=True)
+        del clips  # its memory is needed for the others
+    judge = runtime.load_net(path, SyncNet, device)
 
     # All that follows learns from the same clips. They are drawn once something is to be trained.
     clips = None
@@ -653,19 +646,18 @@ def main_job(cfg, device):
     path = runtime.result("syncnet", cfg, bundled=not cfg.folder)
     if path is None:
         path = Path(cfg.out, "syncnet.pt")
-        if rank() == 0:
-            clips = load_clips(cfg, "train", device)
-            seed = cfg.seed + 10
-            syncnet.train(path, expert_cfg, clips, cfg.sync_steps, seed, val, **remembered(cfg))
-        runtime.barrier()
-    expert = syncnet.load_syncnet(path, device)
+        clips = load_clips(cfg, "train", device)
+        net = syncnet.train(expert_cfg, clips, cfg.sync_steps, cfg.seed + 10, val, "syncnet")
+        runtime.save_net(path, net, **remembered(cfg))
+        print(f"syncnet: {path}", flush=True)
+    expert = runtime.load_net(path, SyncNet, device)
 
     # 3. The teacher.
     path = runtime.result("teacher", cfg, bundled=not cfg.folder and not cfg.start)
     if path is None:
         clips = clips or load_clips(cfg, "train", device)
         path = save_stage(cfg, "teacher", train_teacher(cfg, clips, expert, judge, val))
-    teacher = load_dit(path, device, like=cfg)
+    teacher = load_like(cfg, path, device)
 
     # 4. The student's first weights.
     if cfg.stage in ("init", "all"):
@@ -673,7 +665,7 @@ def main_job(cfg, device):
         if path is None:
             clips = clips or load_clips(cfg, "train", device)
             path = save_stage(cfg, "init", train_init(cfg, teacher, clips, expert, judge, val))
-        init = load_dit(path, device, like=cfg)
+        init = load_like(cfg, path, device)
 
     # 5. The student.
     if cfg.stage == "all":
@@ -682,12 +674,16 @@ def main_job(cfg, device):
             clips = clips or load_clips(cfg, "train", device)
             net = train_dmd(cfg, teacher, init, clips, expert, judge, val)
             path = save_stage(cfg, "student", net)
-        student = load_dit(path, device, like=cfg).to(dtype)
-        if rank() == 0:
-            pairs = [faces.dub_pair(i, 96, cfg.size) for i in range(3)]
-            sample.side_by_side(f"{cfg.out}/sample.mp4", student, pairs)
-            closing_table(cfg, teacher.to(dtype), student, judge, device)
-            print(f"{cfg.out}/sample.mp4: source | dub | truth; curves.png: how training went")
+        student = load_like(cfg, path, device).to(dtype)
+        pairs = [faces.dub_pair(i, 96, cfg.size) for i in range(3)]
+        rows = []
+        for source, truth in pairs:
+            dub = torch.cat(list(dub_stream(student, source.video, truth.audio)))
+            rows.append([source.video, dub, truth.video])
+        sound = np.concatenate([truth.audio for _, truth in pairs])
+        media.write_side_by_side(f"{cfg.out}/sample.mp4", rows, sound)
+        closing_table(cfg, teacher.to(dtype), student, judge, device)
+        print(f"{cfg.out}/sample.mp4: source | dub | truth; curves.png: how training went")
 
 
 def main(argv):
@@ -695,8 +691,6 @@ def main(argv):
     device = set_up(cfg)
     with runtime.lock(cfg.out):
         main_job(cfg, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

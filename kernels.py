@@ -11,7 +11,7 @@ attend:
     a block's attention, H100         .30 -> .08 ms        .21 -> .12 ms
 
 What one launch writes to memory the next one reads, and each costs microseconds whatever it does.
-(Times: `bench.py attention`, once, eagerly; launches and bytes are counted by hand.)
+(Launches and bytes are counted by hand; times were measured once, eagerly.)
 
 If you have never seen Triton: `kernel` runs once for every BLOCK_Q queries of every head, many at a
 time. A tensor in it is a tile in registers; tl.load fetches one by its addresses (pointer plus

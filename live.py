@@ -34,10 +34,11 @@ import runtime
 import voices
 from data import AUDIO_AHEAD, FPS, HOP, MEL_REACH, RATE, middle, mouth_mask, to_float
 from faces import SPLITS, render_clip
-from model import attention_window, load_dit
-from runtime import UserError, autocast, opt
-from sample import FACE_SECONDS, STEPS, Streamer, chunk_mel, euler, to_frames
-from syncnet import find_weights
+from flow import STEPS, euler
+from model import DiT, attention_window
+from runtime import UserError, autocast, find_weights, load_net, opt
+from sample import FACE_SECONDS
+from stream import Streamer, chunk_mel, to_frames
 
 PAGE = Path(__file__).with_name("live.html")
 AHEAD = HOP * AUDIO_AHEAD + MEL_REACH  # samples that a chunk hears beyond its own
@@ -451,7 +452,7 @@ def serve(cfg):
     nets = []
     for name, given in (("student", cfg.weights), ("teacher", cfg.teacher)):
         path = find_weights(name, given)
-        net = load_dit(path, device, runtime.fast_dtype(device))
+        net = load_net(path, DiT, device, runtime.fast_dtype(device))
         if (net.stage == "teacher") != (name == "teacher"):
             raise UserError(f"{path}: of stage {net.stage}, where a {name} is needed")
         nets.append(net)

@@ -340,3 +340,14 @@ def paste_box(frame, dub, box, mask):
     blended = torch.lerp(cut.float(), dub[0].permute(1, 2, 0), mask)
     cut.copy_(blended.round().clamp(0, 255))
     return frame
+
+
+def write_side_by_side(path, rows, audio):
+    """Rows of videos (n, S, S, 3) uint8, equally long -> an mp4 that shows the videos of a row side
+    by side, one row after another, with this sound. Small ones are enlarged."""
+    frames = torch.cat([torch.cat(row, 2) for row in rows])
+    scale = max(1, 256 // frames.shape[1])
+    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    with write_video(path, (frames.shape[2], frames.shape[1]), audio) as put:
+        for frame in frames:
+            put(frame.numpy())

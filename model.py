@@ -16,7 +16,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import runtime
 from data import (
     AUDIO_AHEAD,
     AUDIO_BACK,
@@ -24,10 +23,9 @@ from data import (
     MELS,
     mouth_mask,
     mouth_rectangle,
-    to_pixels,
     to_tokens,
 )
-from runtime import UserError, opt
+from runtime import fast_dtype, opt
 
 PATCH_FEATURES = 128  # values that a patch of the conditions comes down to
 AUDIO_FEATURES = 128  # values of the sound of a video frame
@@ -91,8 +89,7 @@ def attention_window(c, cfg):
     the chunk's own included. A key's RoPE position is its place in this list, so positions never
     grow. With a window, memory and time stay the same however long the video is. The sink is there
     because attention rests on the first frame that it has seen, and video models drift when that
-    leaves the cache. (Here, where the source is shown all along, three minutes without one are as
-    good.)"""
+    leaves the cache. (Here, where the source is shown all along, it is hardly needed.)"""
     end = (c + 1) * cfg.chunk
     sink = range(min(cfg.sink, end))
     latest = range(max(0, end - cfg.window), end)
@@ -139,7 +136,9 @@ def attend_all(q, k, v, rope):
 
 def attend_chunks(q, k, v, rope, cfg):
     """The student's in training, over a clip: a dense call a chunk, over the keys and positions of
-    streaming. No mask could do that: a key's position differs from chunk to chunk."""
+    streaming. No mask could do that: a key's position differs from chunk to chunk. (What it attends
+    to agrees with a stream's to 1e-5. What is there differs: the chunks before are as noisy as the
+    training made them, a stream's are finished.)"""
     N = rope.shape[1]
     k = k.unflatten(2, (-1, N))  # B h L N d
     v = v.unflatten(2, (-1, N))
@@ -156,7 +155,9 @@ def attend_chunks(q, k, v, rope, cfg):
 
 class KVCache:
     """Keys (normed, before RoPE) and values of the latent frames that the chunk being made may look
-    back at. Its tensor never grows and stays at one address, which is what a CUDA graph needs:
+    back at. RoPE is applied when they are read: a frame's place in the window, by which its keys
+    are turned, changes from chunk to chunk. The tensor never grows and stays at one address, which
+    is what a CUDA graph needs:
 
         kv (depth, 2, B, h, sink + window, N, d): for each block, keys and values
 
@@ -172,13 +173,15 @@ class KVCache:
 
     From chunk 2 on, the same places are read and written each time, as a CUDA graph does."""
 
-    def __init__(self, net, batch):
+    def __init__(self, net, batch, fused=False):
+        """fused: read it by kernels.py, see has_kernel; that has no gradient."""
         cfg = net.cfg
         weight = net.final_layer.weight
         places = cfg.sink + cfg.window
         shape = (cfg.depth, 2, batch, cfg.heads, places, n_tokens(cfg), cfg.width // cfg.heads)
-        self.kv = weight.new_zeros(shape, dtype=runtime.fast_dtype(weight.device))
+        self.kv = weight.new_zeros(shape, dtype=fast_dtype(weight.device))
         self.cfg = cfg
+        self.fused = fused
         self.frames = []  # the latent frames held, in order
         self.chunks = 0  # how many are finished
 
@@ -245,6 +248,7 @@ class Block(nn.Module):
         D = cfg.width
         self.heads = cfg.heads
         self.layer = layer
+        self.is_last = layer == cfg.depth - 1
         self.qkv = nn.Linear(D, 3 * D)
         self.q_scale = nn.Parameter(torch.ones(D // cfg.heads))
         self.k_scale = nn.Parameter(torch.ones(D // cfg.heads))
@@ -255,9 +259,10 @@ class Block(nn.Module):
         # gate, twice. Gates start half open; shut, as is usual, costs time a short run has not.
         self.modulation = nn.Parameter(torch.tensor([[0, 0, 0.5] * 2]).T.repeat(1, D))
 
-    def forward(self, x, mod, audio, rope, cfg, causal=False, cache=None, store=False, fused=False):
-        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D) -> x. See DiT.forward; with
-        `store` the last block returns None, since nobody reads what it would make."""
+    def forward(self, x, mod, audio, rope, causal=None, cache=None, store=False):
+        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D) -> x. causal: the Config that says
+        which latent frames a chunk sees; None: all. cache, store: see DiT.forward; with `store` the
+        last block returns None, since nobody reads what it would make."""
         B, L, N, D = x.shape
         mod = (mod + self.modulation)[:, :, None]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mod.unbind(3)  # each B L 1 D
@@ -268,18 +273,18 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each B h LN d
         if store:
             cache.update(self.layer, qk_norm(k, self.k_scale), v)
-            if self.layer == cfg.depth - 1:
+            if self.is_last:
                 return None
-        y = self.attention(q, k, v, rope, cfg, causal, cache, fused)
+        y = self.attention(q, k, v, rope, causal, cache)
         x = torch.addcmul(x, gate, self.out(y.transpose(1, 2).reshape(B, L, N, D)))
 
         y = torch.addcmul(mlp_shift, F.layer_norm(x, (D,)), mlp_scale)
         return torch.addcmul(x, mlp_gate, self.down(F.silu(self.up(y))))
 
-    def attention(self, q, k, v, rope, cfg, causal=False, cache=None, fused=False):
+    def attention(self, q, k, v, rope, causal=None, cache=None):
         """QK-norm, RoPE and attention; q, k, v and what comes out (B, h, L N, d). With a cache the
-        stream's, `fused` by kernels.py; else a whole clip's, causal or not."""
-        if cache is not None and fused:
+        stream's; else a whole clip's, causal or not."""
+        if cache is not None and cache.fused:
             from kernels import stream_attention  # needs Triton
 
             kept = cache.kv[self.layer].flatten(3, 4)
@@ -290,7 +295,7 @@ class Block(nn.Module):
         if cache is not None:
             return attend_cached(q, k, v, rope, cache, self.layer)
         if causal:
-            return attend_chunks(q, k, v, rope, cfg)
+            return attend_chunks(q, k, v, rope, causal)
         return attend_all(q, k, v, rope)
 
 
@@ -310,23 +315,21 @@ def make_audio_encoder(channels):
 class DiT(nn.Module):
     """x0 = net(x_t, t, net.embed(source, reference, heard))."""
 
+    Config = Config  # what describes one, see runtime.load_net
+
     def __init__(self, cfg):
         super().__init__()
         D, p = cfg.width, cfg.patch
-        if p % 4:
-            raise UserError(f"--patch {p}: choose a multiple of 4")
-        if cfg.size % (4 * p):
-            raise UserError(f"--size {cfg.size}: choose a multiple of 4 x --patch {p}")
-        if D % (8 * cfg.heads):
-            raise UserError(f"--width {D}: choose a multiple of 8 x --heads {cfg.heads}")
-        if cfg.window < cfg.chunk:
-            raise UserError(f"--window {cfg.window}: choose at least --chunk {cfg.chunk}")
+        assert p % 4 == 0, f"patch {p}: choose a multiple of 4"
+        assert cfg.size % (4 * p) == 0, f"size {cfg.size}: choose a multiple of 4 x patch {p}"
+        assert D % (8 * cfg.heads) == 0, f"width {D}: choose a multiple of 8 x heads {cfg.heads}"
+        assert cfg.window >= cfg.chunk, f"window {cfg.window}: choose at least chunk {cfg.chunk}"
         self.cfg = cfg
         self.stage = ""  # what made the weights
-        self.fused = False  # stream by kernels.py: needs a GPU, has no gradient
 
         # Pictures. Four kinds of patches share a bottleneck: saves two thirds of the input layers.
         P = 12 * p**2
+        self.token_shape = (n_tokens(cfg), P)
         self.x_embedder = nn.Linear(P, D)
         self.patch_embedder = nn.Linear(P, PATCH_FEATURES)
         self.source_embedder = nn.Linear(2 * PATCH_FEATURES, D)
@@ -349,7 +352,7 @@ class DiT(nn.Module):
         self.final_layer = nn.Linear(D, 12 * (p + 2 * self.margin) ** 2)
 
         # The source's words show in the mask's soft edge, too (the jaw moves there). So the network
-        # sees nothing of where the mask is above 0; sample.to_frames blends what it paints there.
+        # sees nothing of where the mask is above 0; stream.to_frames blends what it paints there.
         blend = mouth_rectangle(mouth_mask(cfg.size)[..., None])
         self.register_buffer("blend", blend, persistent=False)  # S/2, 3S/4, 1
         hidden = (blend > 0).float().expand(1, 4, -1, -1, 3)
@@ -422,10 +425,10 @@ class DiT(nn.Module):
         chunk, and with `store` it is finished (t = 0): its keys are kept, nothing is returned."""
         mod = self.modulation(t)
         x = self.x_embedder(self.cast(x_t)) + cond.tokens
+        whose_chunks = self.cfg if causal else None
         for layer, block in enumerate(self.blocks):
             audio = cond.audio[:, :, layer]
-            block_mod = mod[:, :, :6]
-            x = block(x, block_mod, audio, self.rope, self.cfg, causal, cache, store, self.fused)
+            x = block(x, mod[:, :, :6], audio, self.rope, whose_chunks, cache, store)
         if store:
             return None
         return self.to_x0(x, mod[:, :, 6:], cond.masked_source)
@@ -446,39 +449,6 @@ class DiT(nn.Module):
         return masked_source + self.mask.to(x.dtype) * to_tokens(x, p)
 
 
-def denoising_loss(net, x, y, weight, edges):
-    """Mean of weight (x - y)^2 in the mask and, times `edges` (None: without), of the same for the
-    differences between neighbouring pixels in time, y and x: lips, teeth and motion, which are few
-    pixels, count for more, and the best guess is still E[x0 | x_t], since all is quadratic.
-    x, y (B, L, N, P), equal outside the mask; weight (B, L or 1) -> a number."""
-    error = (x - y) * weight.sqrt()[..., None, None]
-    loss = (error.square() * net.mask).mean()
-    if edges is not None:
-        error = to_pixels(error, net.cfg.patch)  # B T height width 3
-        for axis in (1, 2, 3):
-            loss = loss + edges * error.diff(dim=axis).square().mean()
-    return loss / net.mask.mean()
-
-
 def network_of(cfg):
     """The network's part of a script's config -> Config."""
     return Config(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Config)})
-
-
-def save_dit(path, net, stage, **more):
-    if runtime.rank() == 0:
-        fields = dict(stage=stage, model_config=dataclasses.asdict(net.cfg), **more)
-        runtime.save(path, net, kind="dit", **fields)
-
-
-def load_dit(path, device="cpu", dtype=torch.float32, like=None):
-    """A checkpoint -> DiT in evaluation mode. UserError: not of the shape of the config `like`."""
-    state = runtime.load(path, "dit")
-    there = state["model_config"]
-    for key in ("size", "patch", "width", "depth", "heads") if like else ():
-        if there[key] != (here := getattr(like, key)):
-            what = f"{key} is {there[key]} there and {here} here"
-            raise UserError(f"{path}: {what}; use that option, or another checkpoint")
-    net = runtime.restore(path, lambda: DiT(Config(**there)), state["model"])
-    net.stage = state["stage"]
-    return net.to(device, dtype).eval().requires_grad_(False)

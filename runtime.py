@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import hashlib
 import json
 import math
@@ -18,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 
 BUNDLED = Path(__file__).parent / "weights"
 # The help and the choices of an option.
@@ -128,7 +126,7 @@ def find_device(name="", dtype=""):
     if not name:
         if torch.cuda.is_available():
             name = "cuda"
-        elif torch.backends.mps.is_available() and not dist.is_initialized():
+        elif torch.backends.mps.is_available():
             name = "mps"
         else:
             name = "cpu"
@@ -171,6 +169,22 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
+def clock(frames_of, device):
+    """Time an iterable of uint8 frames (n, S, S, 3): (frames a second, seconds to the first frame).
+    Pixels and samples are in memory when the clock starts; everything from there to uint8 frames in
+    host memory is included."""
+    synchronize(device)
+    start = time.perf_counter()
+    first = None
+    count = 0
+    for frames in frames_of:
+        frames.cpu()
+        if first is None:
+            first = time.perf_counter() - start
+        count += len(frames)
+    return count / (time.perf_counter() - start), first
+
+
 def compiled(function, switch, device, steps):
     """torch.compile of a training step: on, or auto where that pays: a long stage on a GPU."""
     pays = device.type == "cuda" and steps >= 3000
@@ -197,48 +211,10 @@ def total_memory(device):
     return math.inf
 
 
-def rank():
-    """This process's number, of `world_size()`."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier():
-    """Wait until all processes have come here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def shared_mean(x):
-    """The mean of x over the processes; x is used up."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x / world_size()
-
-
 def step_seed(seed, step):
-    """The seed of one training step's random numbers, others for each process. Since a step's do
-    not depend on those of the steps before, a stopped run needs no generator's state to go on."""
-    return int(np.random.SeedSequence([seed, step, rank()]).generate_state(1)[0])
-
-
-def join_others(device=""):
-    """Meet the processes that torchrun started, each with a GPU unless `device` is cpu."""
-    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    if not told <= os.environ.keys():  # other programs set some of them, but not all
-        return
-    backend = "gloo"
-    if torch.cuda.is_available() and device.lower() != "cpu":
-        backend = "nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The others wait as long as the first one trains the experts.
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # only the first one speaks
+    """The seed of one training step's random numbers. Since a step's do not depend on those of the
+    steps before, a stopped run needs no generator's state to go on."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 class Muon(torch.optim.Optimizer):
@@ -292,12 +268,8 @@ def learning_rate(peak, step, steps):
 
 
 def optimizer_step(net, learning_rates):
-    """Step each optimizer ({optimizer: its learning rate}) by the gradient's mean over the
-    processes, clipped at 1 -> its norm, a tensor: nothing here waits for the device."""
-    if world_size() > 1:
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        vector_to_parameters(shared_mean(flat), gradients)
+    """Step each optimizer ({optimizer: its learning rate}) by the gradient, clipped at 1 -> its
+    norm, a tensor: nothing here waits for the device."""
     norm = clip_grad_norm_(net.parameters(), 1.0)
     for optimizer, lr in learning_rates.items():
         for group in optimizer.param_groups:
@@ -347,7 +319,7 @@ def free_space(folder, need=64 << 20, instead="choose another --out"):
 def lock(folder):
     """Hold this, by `with`, to be the only training that writes to `folder`; UserError: there is
     another one. The system lets go of it when the process ends, however it ends."""
-    if rank() > 0 or os.name != "posix":
+    if os.name != "posix":
         return contextlib.nullcontext()
     import fcntl  # not on Windows
 
@@ -366,13 +338,10 @@ def lock(folder):
     return file
 
 
-def save(path, net=None, /, **state):  # a state may hold another `net`
-    """torch.save beside `path`, then rename: never half a file. Weights of `net` in float16."""
+def save(path, **state):
+    """torch.save beside `path`, then rename: never half a file."""
     final = written_file(path)
     free_space(final.parent)
-    if net:
-        # bf16, eight times as coarse, rounds away most of what DMD in float32 has moved.
-        state["model"] = {name: value.half() for name, value in net.state_dict().items()}
     partial = Path(f"{final}.writing")
     try:
         torch.save(state, partial)
@@ -399,15 +368,32 @@ def load(path, kind):
     return state
 
 
-def restore(path, build, weights):
-    """build() with these weights -> a network. UserError: other code has made them."""
+def save_net(path, net, **about):
+    """A checkpoint of a network, with what is to be remembered of it. Weights in float16: bf16,
+    eight times as coarse, rounds away most of what DMD in float32 has moved."""
+    weights = {name: value.half() for name, value in net.state_dict().items()}
+    config = dataclasses.asdict(net.cfg)
+    save(path, kind=type(net).__name__.lower(), config=config, model=weights, **about)
+
+
+def load_net(path, network, device="cpu", dtype=torch.float32):
+    """A checkpoint -> a network of this class, model.DiT or syncnet.SyncNet, in evaluation mode.
+    UserError: other code has made it."""
+    state = load(path, network.__name__.lower())
     try:
-        net = build()
-        net.load_state_dict({name: value.float() for name, value in weights.items()})
-    except (TypeError, RuntimeError) as e:
+        config = state["model_config"] if "model_config" in state else state["config"]
+        net = network(network.Config(**config))
+        net.load_state_dict({name: value.float() for name, value in state["model"].items()})
+    except (TypeError, AssertionError, KeyError, RuntimeError) as e:
         what = f"made by other code ({str(e).splitlines()[-1].strip()[:150]})"
         raise UserError(f"{path}: {what}; distill.py --fresh makes everything anew") from None
-    return net
+    net.stage = state.get("stage", "")
+    return net.to(device, dtype).eval().requires_grad_(False)
+
+
+def find_weights(name, given=""):
+    """The path of a checkpoint: the given one, or the bundled one called `name`."""
+    return given or BUNDLED / f"small/{name}.pt"
 
 
 def source_hash():
@@ -443,7 +429,6 @@ def result(stage, cfg, bundled=False):
         if bundled and cfg.weights:
             places.append(Path(cfg.weights, own.name))
     found = [path for path in places if path.is_file()]
-    barrier()  # else one process might make what another one has not looked for yet
     if not found:
         return None
     path = found[0]
@@ -486,10 +471,9 @@ def load_resume(cfg, stage, parts):
 
 def save_resume(cfg, stage, step, parts):
     """Keep the state after a step, for load_resume. Random numbers are not in it: see step_seed."""
-    if rank() == 0:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        options = result_options(cfg)
-        save(resume_path(cfg, stage), kind="resume", step=step, options=options, **states)
+    states = {name: part.state_dict() for name, part in parts.items()}
+    options = result_options(cfg)
+    save(resume_path(cfg, stage), kind="resume", step=step, options=options, **states)
 
 
 def result_options(cfg):
@@ -533,8 +517,6 @@ def save_figure(figure, path, dpi):
 def log(cfg, stage, step, steps, first, start, values):
     """Tell how a training goes that began with step `first` at the time `start`: a line on the
     screen, and a JSON object at the end of log.jsonl."""
-    if rank() > 0:
-        return
     elapsed = time.time() - start
     left = elapsed / (step - first + 1) * (steps - step)
     row = dict(stage=stage, step=step, seconds=elapsed, **values)
@@ -562,8 +544,6 @@ def read_log(path):
 
 def draw_curves(cfg):
     """log.jsonl -> curves.png beside it."""
-    if rank() > 0:
-        return
     import matplotlib.pyplot as plt  # a second, which other commands need not wait
 
     stages = read_log(Path(cfg.out, "log.jsonl"))

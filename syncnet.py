@@ -1,32 +1,26 @@
-"""The lip-sync expert: do this mouth and this sound belong together? And how a dub is judged.
-
-    python syncnet.py --video CLIP.mp4                  # Sync-C, Sync-D and offset of a clip
-    python syncnet.py --video CLIP.mp4 --audio X.wav    # with other sound; --box where the face is
+"""SyncNet, the lip-sync expert: do this mouth and this sound belong together?
 
 Two towers (after SyncNet, Chung and Zisserman 2016) make unit vectors of 5 frames of the mouth
 rectangle and of the 20 mel frames that go with them. They are trained by InfoNCE over the moments
 of a clip, where only timing tells right from wrong. They look at the mouth rectangle alone, since
 that is what a dub changes: eyes and pose, which it keeps, could tell nothing but the wrong words.
 
-distill.py trains two experts, on different people: `syncnet` gives the reward and the perceptual
-loss, `judge` only judges. Of recorded faces their score says nothing.
+distill.py trains two experts, on different people. One is the *reward expert* (syncnet.pt): it
+gives the reward and the perceptual loss. The other is the *judge* (judge.pt): it only measures
+dubs, see metrics.py. Of recorded faces their score says nothing.
 """
 
 import dataclasses
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
-import runtime
-from data import FPS, RATE, mouth_mask, mouth_rectangle, to_float, to_pixels
-from media import Sound, parse_box, read_video, square
+from data import equalize, mouth_rectangle, to_float, to_pixels
 from model import make_audio_encoder
-from runtime import UserError, opt
+from runtime import autocast
 
 SPAN = 5  # video frames that one decision looks at
 REACH = 15  # offsets -15..15 video frames
@@ -41,6 +35,8 @@ class Config:
 
 
 class SyncNet(nn.Module):
+    Config = Config  # what describes one, see runtime.load_net
+
     def __init__(self, cfg):
         super().__init__()
         c = cfg.channels
@@ -141,33 +137,14 @@ def sync(v, a):
 @torch.no_grad()
 def score(net, rectangle, mel):
     """`sync` of rectangles (B, T, S/2, 3S/4, 3), uint8 or in [-1, 1], and their mel (B, 4 T, MELS).
-    UserError: under 12 frames."""
-    T = rectangle.shape[1]
-    if T < 12:
-        raise UserError(f"{T} frames are too few to judge lip-sync; give at least 12 (0.48 s)")
+    T is at least 12, .48 s."""
+    assert rectangle.shape[1] >= 12, "too few frames to judge lip-sync"
     if rectangle.dtype == torch.uint8:
         rectangle = to_float(rectangle)
-    with runtime.autocast(net):
+    with autocast(net):
         _, v, _ = net.encode_video(rectangle)
         a = net.encode_audio(mel)
     return sync(v, a)
-
-
-def mouth_psnr(dub, truth):
-    """PSNR in dB inside the mask. dub, truth (n, T, S, S, 3) uint8 -> (n,)."""
-    mask = mouth_mask(dub.shape[2]).to(dub.device)[:, :, None]
-    error = ((dub.float() - truth.float()) ** 2 * mask).mean((1, 2, 3, 4)) / mask.mean()
-    return 10 * (255**2 / error.clamp(min=1e-3)).log10()
-
-
-def gradient_energy(video):
-    """Mean squared difference of neighbouring pixels' brightness in the mask: how sharp it is.
-    video (n, T, S, S, 3) uint8 -> (n,)."""
-    mask = mouth_mask(video.shape[2]).to(video.device)
-    gray = video.float().mean(-1)
-    across = (gray.diff(dim=3).square() * mask[:, 1:] * mask[:, :-1]).sum((2, 3))
-    down = (gray.diff(dim=2).square() * mask[1:] * mask[:-1]).sum((2, 3))
-    return (across + down).mean(1)
 
 
 @torch.no_grad()
@@ -180,99 +157,11 @@ def reward_weights(expert, rectangle, mel, beta):
     weights are not over their mean, so there a batch in better sync has a larger gradient.)"""
     sync_c, _, _ = score(expert, rectangle, mel)
     weight = (beta * sync_c).exp()
-    return weight / runtime.shared_mean(weight.mean()), sync_c.mean()
-
-
-def centred_opening(mouth):
-    """Mouths (n, T, 2) -> their opening less its mean over the clip, (n, T)."""
-    opening = mouth[..., 0]
-    return opening - opening.mean(1, keepdim=True)
+    return weight / weight.mean(), sync_c.mean()
 
 
 @torch.no_grad()
-def compute_metrics(dub, pairs, judge):
-    """Dubs (n, T, S, S, 3) uint8 of faces.Pairs -> a dict of (n,) tensors: sync_c; psnr in the
-    mask; landmark: mean error of the mouth's opening and width, in percent of the side; gain: slope
-    of the opening over the truth's, under 1 for a mumbler; sharpness: 1 if as sharp as the truth.
-    """
-    rows = []
-    for i in range(len(dub)):  # one by one: whatever the batch, it fits
-        video = dub[i : i + 1]
-        truth = pairs.truth[i : i + 1]
-        drawn_mouth = pairs.mouth[i : i + 1]
-        rectangle = mouth_rectangle(video)
-        with runtime.autocast(judge):
-            _, _, mouth = judge.encode_video(to_float(rectangle))
-        opening = centred_opening(mouth)
-        drawn_opening = centred_opening(drawn_mouth)
-        sync_c, _, _ = score(judge, rectangle, pairs.mel[i : i + 1])
-        row = dict(
-            sync_c=sync_c,
-            psnr=mouth_psnr(video, truth),
-            landmark=100 * (mouth - drawn_mouth).abs().mean((1, 2)),
-            gain=(opening * drawn_opening).sum(1) / drawn_opening.square().sum(1),
-            sharpness=gradient_energy(video) / gradient_energy(truth),
-        )
-        rows.append(row)
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-
-
-@torch.no_grad()
-def features(judge, dub):
-    """The judge's features of each frame of each clip (n, T, S, S, 3) uint8 -> (n T, features)."""
-    found = []
-    for video in dub:
-        with runtime.autocast(judge):
-            of_frames, _, _ = judge.encode_video(to_float(mouth_rectangle(video[None])))
-        found.append(of_frames[0])
-    return torch.cat(found)
-
-
-def gaussian_distance(mean_a, cov_a, mean_b, cov_b):
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2): how far two Gaussians are apart, as in FID.
-
-    With C = R R^T, the eigenvalues of C C' are those of the symmetric R^T C' R, which are found
-    many times faster."""
-    apart = (mean_a - mean_b).square().sum()
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt()
-    trace = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return (apart + cov_a.trace() + cov_b.trace() - 2 * trace).item()
-
-
-def frechet(a, b):
-    """Frechet distance of two sets of features (n, E), as FID is. What distribution matching is
-    for: exaggeration is far, and so is an average of mouths. (A plain blur is not: the truth,
-    blurred to sharp .45: .03.) The fewer people, the larger it is: bench.py corrects for that."""
-    a = a.cpu().double()  # Apple's GPUs have no float64
-    b = b.cpu().double()
-    return gaussian_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
-
-
-def means(dub, pairs, judge):
-    """The metrics' means over the clips, and the Fréchet distance: what a training log shows."""
-    metrics = compute_metrics(dub, pairs, judge)
-    row = {name: values.mean().item() for name, values in metrics.items()}
-    row["frechet"] = frechet(features(judge, dub), features(judge, pairs.truth))
-    return row
-
-
-def table(first, rows, columns):
-    """Print {name: {column: value, column_ci: half an interval, column_bold: is it to be seen}} as
-    Markdown; all but the value may be missing."""
-    print(f"\n| {first} | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
-    for name, row in rows.items():
-        print(f"| {name}", end="")
-        for key, digits in columns.items():
-            error = f" ± {row[key + '_ci']:.{digits}f}" if key + "_ci" in row else ""
-            value = round(row[key], digits) + 0.0  # + 0.0, since -0.00 is no number to read
-            bold = "**" if row.get(key + "_bold") else ""
-            print(f" | {bold}{value:.{digits}f}{bold}{error}", end="")
-        print(" |")
-
-
-@torch.no_grad()
-def evaluate(net, val):
+def report(net, val):
     """How an expert does on faces.Pairs: words that say how often it finds the offset, and its
     Sync-C of the right sound and of another clip's."""
     rectangle = mouth_rectangle(val.truth)
@@ -285,11 +174,9 @@ def evaluate(net, val):
     )
 
 
-def train(path, cfg, clips, steps, seed, val, **remembered):
-    """Train an expert on data.Clips and save it to `path`, with what is to be remembered of it;
-    print how it does on faces.Pairs."""
+def train(cfg, clips, steps, seed, val, name="expert"):
+    """Train an expert on data.Clips, and print how it does on faces.Pairs -> SyncNet."""
     start = time.time()
-    name = Path(path).stem
     device = clips.video.device
     torch.manual_seed(seed)
     rng = torch.Generator(device).manual_seed(seed)
@@ -306,9 +193,9 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
         # Another equalizer and brightness each time: timing is what counts.
         light = torch.randn(BATCH, 1, 1, 1, 1, generator=rng, device=device)
         rectangle = to_float(video.chunk(2, 2)[1]) * (1 + 0.1 * light)
-        with runtime.autocast(net):
+        with autocast(net):
             _, v, read = net.encode_video(rectangle)
-            a = net.encode_audio(data.equalize(mel, rng))
+            a = net.encode_audio(equalize(mel, rng))
         loss, hits = nce(v, a, net.log_scale.exp().clamp(max=100))
         if drawn:
             loss = loss + ((read - mouth) / 0.03).square().mean()
@@ -318,67 +205,12 @@ def train(path, cfg, clips, steps, seed, val, **remembered):
         schedule.step()
 
         if step % log_every == 0 or step == 1:
-            if not loss.isfinite():
-                raise UserError(
-                    f"{name} step {step}: not finite; is there a clip without a picture?"
-                )
-            words = f"loss {loss:.3f} | right moment {hits:.1%} | {evaluate(net, val)}"
+            assert loss.isfinite(), f"{name} step {step}: the loss is not finite"
+            words = f"loss {loss:.3f} | right moment {hits:.1%} | {report(net, val)}"
             elapsed = time.time() - start
             left = elapsed / step * (steps - step)
             print(
                 f"{name:8} step {step:5d}/{steps} | {words} | {elapsed:.0f} s, {left:.0f} left",
                 flush=True,
             )
-    config = dataclasses.asdict(cfg)
-    runtime.save(path, net, kind="syncnet", config=config, seed=seed, steps=steps, **remembered)
-    print(f"{name}: {path}", flush=True)
-
-
-def load_syncnet(path, device="cpu"):
-    state = runtime.load(path, "syncnet")
-    net = runtime.restore(path, lambda: SyncNet(Config(**state["config"])), state["model"])
-    return net.to(device).eval().requires_grad_(False)
-
-
-def find_weights(name, given=""):
-    """The path of a checkpoint: the given one, or the bundled one called `name`."""
-    return given or runtime.BUNDLED / f"small/{name}.pt"
-
-
-@dataclasses.dataclass
-class Options:
-    video: str = opt("", "the video clip to judge")
-    audio: str = opt("", "the sound to judge it with; the clip's own if not given")
-    box: str = opt(
-        "",
-        "X,Y,SIDE of the face in pixels; the centred square if not given",
-    )
-    weights: str = opt("", "the checkpoint of a judge; the bundled one if not given")
-    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
-
-
-def main(argv):
-    cfg = runtime.options(Options, argv, __doc__)
-    if not cfg.video:
-        raise UserError("which clip? --video CLIP.mp4; --help shows examples")
-    device = runtime.find_device(cfg.device)
-    net = load_syncnet(find_weights("judge", cfg.weights), device)
-    audio = Sound(cfg.audio or cfg.video)
-    box, frames = None, []
-    for frame in read_video(cfg.video):
-        box = box or parse_box(cfg.box, frame)
-        frames.append(mouth_rectangle(square(frame, net.cfg.size, box)))
-    n = min(len(frames), len(audio) * FPS // RATE)
-    if n < 12:
-        raise UserError(f"{n} frames with sound are too few to judge lip-sync; give at least 12")
-    mel = data.log_mel(audio[: n * RATE // FPS])[None].to(device)
-    c, d, offset = (x.item() for x in score(net, torch.stack(frames[:n])[None].to(device), mel))
-    late = f"{offset:+d} frames ({1000 * offset // FPS:+d} ms)"
-    print(f"Sync-C {c:.3f}  Sync-D {d:.3f}  offset {late}  over {n} frames")
-    if c < 0.12:
-        print("So low means that mouth and sound do not go together, that --box is not on the face")
-        print("(hairline to chin), or that it is not a drawn one. (Drawn people: about .3.)")
-
-
-if __name__ == "__main__":
-    runtime.run(main)
+    return net

@@ -18,6 +18,7 @@ import bench
 import data
 import distill
 import faces
+import metrics
 import model
 import runtime
 import syncnet
@@ -76,19 +77,20 @@ def expert_file(tmp_path_factory, cfg):
     people = faces.drawn_clips("train", cfg.size, 96, CPU)
     few = data.Clips(people, 60, cfg.size, CPU, latents=24)
     held_out = faces.make_pairs(4, cfg.size, "val", CPU, 12)
-    syncnet.train(path, syncnet.Config(size=cfg.size), few, 320, 3, held_out)
+    net = syncnet.train(syncnet.Config(size=cfg.size), few, 320, 3, held_out)
+    runtime.save_net(path, net)
     return path
 
 
 @pytest.fixture(scope="session")
 def expert(expert_file):
-    return syncnet.load_syncnet(expert_file)
+    return runtime.load_net(expert_file, syncnet.SyncNet)
 
 
 @pytest.fixture(scope="session")
 def student_file(tiny, cfg):
     path = f"{cfg.out}/a_student.pt"
-    model.save_dit(path, tiny, "student")
+    runtime.save_net(path, tiny, stage="student")
     return path
 
 
@@ -111,14 +113,14 @@ def run(tmp_path, tiny, expert_file, capsys, cfg, monkeypatch):
     """run("speed") -> the JSON object at the end of a command of bench.py or analysis.py, of
     networks that have learned nothing."""
     for name in ("teacher", "student"):
-        model.save_dit(tmp_path / f"{name}.pt", tiny, name)
+        runtime.save_net(tmp_path / f"{name}.pt", tiny, stage=name)
     for name in ("judge", "syncnet"):
         shutil.copy(expert_file, tmp_path / f"{name}.pt")
     few = ("clips", "latents", "batch", "init_steps", "dmd_steps", "dmd_batch", "critic_updates")
     few = {name: getattr(cfg, name) for name in few}
     monkeypatch.setitem(distill.PRESETS, "tiny", distill.PRESETS["tiny"] | few)
     monkeypatch.setattr(distill, "TABLE_CLIPS", 2)
-    monkeypatch.setattr(bench, "FRECHET_RESAMPLES", 20)  # as good as 400, of two people
+    monkeypatch.setattr(metrics, "FRECHET_RESAMPLES", 20)  # as good as 400, of two people
 
     def result(name, *more):
         where = [f"--weights={tmp_path}", f"--out={tmp_path}/out", "--config=tiny"]

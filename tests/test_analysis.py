@@ -5,9 +5,10 @@ import torch
 import analysis
 import distill
 import faces
+import flow
 import runtime
-import sample
-from bench import COLUMNS
+import stream
+from metrics import COLUMNS
 
 
 def test_trajectory_ends_in_json(run, tmp_path, monkeypatch):
@@ -55,27 +56,27 @@ def test_trajectories_by_hand(tiny, float32):
     for guidance in (1.0, 2.0):
         guesses = [walks.frames(x0) for x0 in walks.walk([guidance] * 50)]
         assert len(guesses) == 50
-        dub = sample.dub_teacher(tiny, source, mel, guidance=guidance)
+        dub = stream.dub_teacher(tiny, source, mel, guidance=guidance)
         assert near(guesses[49], dub)
         ends[guidance] = guesses[49]
         if guidance == 1.0:
-            one_step = sample.dub_teacher(tiny, source, mel, steps=1)
+            one_step = stream.dub_teacher(tiny, source, mel, steps=1)
             assert near(guesses[0], one_step) and not near(guesses[30], one_step)
     assert not near(ends[1.0], ends[2.0])
     *_, end = walks.walk([2.0 if j == 30 else 1.0 for j in range(50)])
     assert not near(walks.frames(end), ends[2.0])
-    last = sample.dub_student(tiny, source, mel)
-    first = sample.dub_student(analysis.one_step(tiny), source, mel)
+    last = stream.dub_student(tiny, source, mel)
+    first = stream.dub_student(analysis.one_step(tiny), source, mel)
     assert not near(first, last) and tiny.cfg.num_steps == 2
 
     rng = torch.Generator().manual_seed(0)
-    t = sample.grid_time(30)
-    cond = sample.embed_clip(tiny, source, mel)
+    t = flow.grid_time(30)
+    cond = stream.embed_clip(tiny, source, mel)
     noise = torch.randn(cond.masked_source.shape, generator=rng)
     with torch.no_grad():
         x_t = noise + (t - 1) * (noise - tiny(noise, 1.0, cond))
-        x0 = sample.cfg_predict(tiny, x_t, t, cond, 2.0)
-    by_hand = sample.to_frames(tiny, x0, source)
+        x0 = flow.guided(tiny, x_t, t, cond, 2.0)
+    by_hand = stream.to_frames(tiny, x0, source)
     guesses = {}
     for guidance in (1.0, 2.0):
         first = walks.guess(walks.noise, 0, guidance)

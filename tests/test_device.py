@@ -10,7 +10,7 @@ import data
 import distill
 import faces
 import runtime
-import sample
+import stream
 import syncnet
 
 CUDA = torch.device("cuda")
@@ -31,21 +31,21 @@ def test_drawing_is_the_same():
 def test_passes_and_dubs_are_the_same(tiny, val):
     here = tiny, val.source, val.mel
     sides = here, (copy.deepcopy(tiny).to(CUDA), val.source.to(CUDA), val.mel.to(CUDA))
-    conds = [sample.embed_clip(*side) for side in sides]
+    conds = [stream.embed_clip(*side) for side in sides]
     x0 = [net(c.masked_source, 0.7, c, causal=True).cpu() for (net, *_), c in zip(sides, conds)]
     torch.testing.assert_close(*x0, atol=1e-4, rtol=0)
-    assert apart(*(sample.dub_student(*side) for side in sides)) <= 1
-    assert apart(*(sample.dub_teacher(*side, 4, 2.0, 6) for side in sides)) <= 1
+    assert apart(*(stream.dub_student(*side) for side in sides)) <= 1
+    assert apart(*(stream.dub_teacher(*side, 4, 2.0, 6) for side in sides)) <= 1
 
 
 def test_the_kernel_and_the_graph_stream_the_same(tiny):
     """Nine chunks, of which the last six are replayed."""
     net, (source, truth) = copy.deepcopy(tiny).to(CUDA), faces.dub_pair(3, 108, 32)
-    eager = torch.cat(list(sample.stream(net, source.video, truth.audio)))
+    eager = torch.cat(list(stream.dub_stream(net, source.video, truth.audio)))
     assert apart(eager, source.video) > 1
     for fused, graph in ((True, False), (False, True), (True, True)):
-        net.fused = fused
-        again = torch.cat(list(sample.stream(net, source.video, truth.audio, cuda_graph=graph)))
+        how = dict(fused=fused, cuda_graph=graph)
+        again = torch.cat(list(stream.dub_stream(net, source.video, truth.audio, **how)))
         assert again.shape == eager.shape and apart(again, eager) <= 1
 
 
@@ -53,7 +53,7 @@ def test_a_compiled_training_step_is_the_eager_one(tiny, cfg):
     people = faces.drawn_clips("train", cfg.size, 64, CUDA)
     clips, rng = data.Clips(people, 4, cfg.size, CUDA, latents=16), torch.Generator(CUDA)
     batch, one = clips.sample_batch(4, cfg, rng), torch.tensor(1.0, device=CUDA)
-    noise = torch.randn(4, cfg.latents, *tiny.mask.shape, device=CUDA)
+    noise = torch.randn(4, cfg.latents, *tiny.token_shape, device=CUDA)
     t = torch.rand(4, 1, device=CUDA).clamp(0.1)
     expert = syncnet.SyncNet(syncnet.Config(size=cfg.size)).to(CUDA).requires_grad_(False)
     drop, losses, gradients = torch.arange(4, device=CUDA) < 1, [], []

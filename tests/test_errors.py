@@ -74,8 +74,6 @@ sample --text hi --audio good.wav --weights student: which of them
 sample --speed 3: unrecognized arguments: --speed
 sample --device abacus: --device abacus
 sample --device meta: choose cuda, mps or cpu
-syncnet --video good.mp4 --weights student: a checkpoint of kind dit, where syncnet is needed
-syncnet --video short.mp4 --audio good.wav --weights expert: 8 frames with sound are too few
 faces --out /dev/null/x: cannot be written
 sample --seed 18446744073709551616: choose a number from 0 to 4294967295
 distill --sync_first 40 --sync_last 20: --sync_first 40: choose less than --sync_last 20
@@ -84,10 +82,6 @@ distill --init_steps 0: --init_steps 0: choose a number from 1 to 4294967295
 distill --teacher_lr -1: --teacher_lr -1.0: choose a number from 0 to 1
 distill --chunk 12: --chunk 12: choose a number from 1 to 10
 distill --latents 10: --latents 10: choose a multiple of --chunk 3, at most 24
-distill --size 48: --size 48: choose a multiple of 4 x --patch 8
-distill --patch 6: --patch 6: choose a multiple of 4
-distill --heads 96: --width 96: choose a multiple of 8 x --heads 96
-distill --window 2: --window 2: choose at least --chunk 3
 distill --start missing: no such file
 distill --folder missing: no mp4 there
 distill --teacher student: cannot teach
@@ -177,11 +171,3 @@ def test_output_that_cannot_show_a_sign_shows_another(tmp_path):
 
 def test_a_device_may_be_written_in_capitals():
     assert runtime.find_device("CPU").type == "cpu"
-
-
-def test_a_batch_is_shared_by_all_processes(cfg, monkeypatch):
-    monkeypatch.setattr(distill, "world_size", lambda: 2)
-    with pytest.raises(
-        runtime.UserError, match="--batch and --dmd_batch, 3 or 2: choose multiples of 2"
-    ):
-        distill.set_up(dataclasses.replace(cfg, batch=3))

@@ -18,9 +18,8 @@ pytest.importorskip("triton", reason="Triton runs on Linux")
 import triton.language as tl
 from triton.runtime import interpreter
 
-import data
 import model
-import sample
+import stream
 from faces import render_clip
 from kernels import stream_attention
 
@@ -93,13 +92,11 @@ def test_half_precision(dtype, most, mended):
 def test_a_stream_through_it_is_the_dense_one(tiny, float32):
     """Eight chunks: every fill of the window, and three turns of it."""
     net, clip = tiny.to(DEVICE), render_clip(11, 96, 32)
-    source, mel = clip.video[None].to(DEVICE), data.log_mel(clip.audio)[None].to(DEVICE)
-    dubs = []
-    for net.fused in (False, True):
-        parts = sample.in_chunks(sample.embed_clip(net, source, mel), net.cfg.chunk)
-        dubs.append(torch.cat(list(sample.generate(net, parts, sample.seeded(4))), 1))
-    net.fused = False
-    torch.testing.assert_close(*dubs, atol=1e-5, rtol=0)
+    dense, fused = (stream.Streamer(net, seed=4, fused=fused) for fused in (False, True))
+    for c, (pixels, _) in enumerate(stream.video_chunks(clip.video, net.cfg)):
+        for streamer in (dense, fused):
+            streamer.step(pixels, stream.chunk_mel(clip.audio, c, net.cfg))
+        torch.testing.assert_close(dense.x0, fused.x0, atol=1e-5, rtol=0)
 
 
 AHEAD_OF_TIME = """

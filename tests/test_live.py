@@ -21,13 +21,14 @@ from PIL import Image
 
 import bench
 import data
+import flow
 import live
 import model
 import runtime
-import sample
-import syncnet
+import stream
 import voices
 from faces import SPLITS, render_clip
+from syncnet import SyncNet
 
 CHUNK = 12 * data.RATE // data.FPS  # samples
 NOISE = np.random.default_rng(0).standard_normal(8 * CHUNK).astype(np.float32) / 10
@@ -93,8 +94,8 @@ def test_a_recording_is_as_good_as_the_whole_file(tiny):
     for c in range(6):
         begin = CHUNK * c + live.AHEAD if c else 0
         recording.append(NOISE[begin : CHUNK * (c + 1) + live.AHEAD])
-        heard = sample.chunk_mel(recording, c, tiny.cfg)
-        assert heard.equal(sample.chunk_mel(NOISE, c, tiny.cfg))
+        heard = stream.chunk_mel(recording, c, tiny.cfg)
+        assert heard.equal(stream.chunk_mel(NOISE, c, tiny.cfg))
     assert len(recording.samples) == 2 * data.RATE
 
 
@@ -104,7 +105,7 @@ def test_its_frames_are_those_of_a_file(server):
     size = net.cfg.size
     source = render_clip(SPLITS["held-out"] + 10, live.FACE_SECONDS * data.FPS, size).video
     there_and_back = torch.cat([source, source[1:-1].flip(0)])
-    dub = torch.cat(list(sample.stream(net, there_and_back[:48], NOISE)))
+    dub = torch.cat(list(stream.dub_stream(net, there_and_back[:48], NOISE)))
     for c in range(3):
         status, answer = post_chunk(server, page, c)
         assert status == 200, answer
@@ -125,7 +126,7 @@ def test_it_tells_what_was_computed(server, steps):
             assert len(times) == 50 and len(answer["guesses"]) == 1
         else:
             cache_pass = [0.0] if c else []
-            assert times == pytest.approx(cache_pass + sample.denoising_times(net.cfg))
+            assert times == pytest.approx(cache_pass + flow.denoising_times(net.cfg))
             assert len(answer["guesses"]) == int(steps)
             assert answer["window"] == model.attention_window(c, net.cfg)
         assert answer["latents"] == [3 * c, 3 * c + 1, 3 * c + 2]
@@ -358,7 +359,7 @@ def test_speaking_to_it(tab, bundled, sentence):
     times = np.array([frame["captured"] for frame in shown]) - begin
     inside = (times > 0) & (times < len(audio) / data.RATE - 0.1)
     video = torch.cat([frames_of(frame["url"], 128) for frame in shown])
-    judge = syncnet.load_syncnet(syncnet.find_weights("judge"))
+    judge = runtime.load_net(runtime.find_weights("judge"), SyncNet)
     opening = bench.mouth_opening(judge, video)
     asked = lips[(times[inside] * voices.LIPS_FPS).astype(int), 0]
     assert np.corrcoef(opening[inside], asked)[0, 1] > 0.5

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import data
 import faces
+import flow
 import model
-import sample
+import stream
 from data import mouth_mask
 from model import KVCache, attention_window
 
@@ -26,7 +27,7 @@ def test_streaming_equals_the_causal_clip(tiny, parts, latents, chunk, sink, win
     clip = net(x, 0.0, cond, causal=True)
     cache, outputs = KVCache(net, len(x)), []
     where, shape = cache.kv.data_ptr(), cache.kv.shape
-    for part, known in zip(x.split(chunk, 1), sample.in_chunks(cond, chunk)):
+    for part, known in zip(x.split(chunk, 1), stream.in_chunks(cond, chunk)):
         outputs.append(net(part, 0.0, known, cache=cache))
         assert net(part, 0.0, known, cache=cache, store=True) is None
         cache.evict()
@@ -44,7 +45,7 @@ def test_a_window_longer_than_the_usual_rope_table():
     cond = model.Cond(hidden, torch.randn(1, 279, 6, 32), torch.randn(1, 279, 1, 32))
     clip = net(x, 0.0, cond, causal=True)
     cache, outputs = KVCache(net, 1), []
-    for part, known in zip(x.split(3, 1), sample.in_chunks(cond, 3)):
+    for part, known in zip(x.split(3, 1), stream.in_chunks(cond, 3)):
         outputs.append(net(part, 0.0, known, cache=cache))
         net(part, 0.0, known, cache=cache, store=True)
         cache.evict()
@@ -151,5 +152,5 @@ def test_the_loss_by_hand(tiny):
             before = [i - (a == axis) for a, i in enumerate(at)]
             if at[axis]:
                 total += 0.7 * (here - error[b][tuple(before)]) ** 2 / (error.size * (n - 1) / n)
-    loss = model.denoising_loss(tiny, x, y, weight, 0.7).item()
+    loss = flow.denoising_loss(tiny, x, y, weight, 0.7).item()
     assert loss == pytest.approx(total / mask.mean(), rel=1e-5)

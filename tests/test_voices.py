@@ -11,11 +11,13 @@ import torch
 import bench
 import data
 import faces
+import flow
 import runtime
-import sample
-import syncnet
+import stream
 import voices
-from model import load_dit
+from model import DiT
+from runtime import load_net
+from syncnet import SyncNet
 
 SMALL = runtime.BUNDLED / "small"
 
@@ -107,12 +109,12 @@ def test_a_missing_library_is_one_line(monkeypatch):
 
 def test_the_bundled_student_moves_its_mouth_for_a_person():
     """One recorded sentence; the opening as the judge reads it against what the phones ask for."""
-    student, judge = load_dit(SMALL / "student.pt"), syncnet.load_syncnet(SMALL / "judge.pt")
+    student, judge = load_net(SMALL / "student.pt", DiT), load_net(SMALL / "judge.pt", SyncNet)
     audio, lips, phones = next(bench.recorded_sentences())
     person, T = faces.SPLITS["held-out"], len(audio) * 25 // data.RATE
     truth = faces.render_clip(person, T, student.cfg.size, speech=(audio, lips))
     source = faces.render_clip(person, T, student.cfg.size)
-    dub = torch.cat(list(sample.stream(student, source.video, audio)))
+    dub = torch.cat(list(stream.dub_stream(student, source.video, audio)))
     opening = bench.mouth_opening(judge, dub)
     assert bench.follow(opening, truth.mouth[:, 0])[bench.LAGS.index(0)] > 0.5
     found = bench.openings_by_sound(opening, phones)
@@ -120,12 +122,12 @@ def test_the_bundled_student_moves_its_mouth_for_a_person():
 
 
 def test_the_bundled_student_keeps_silent_for_the_hum_of_the_mains():
-    student, judge = load_dit(SMALL / "student.pt"), syncnet.load_syncnet(SMALL / "judge.pt")
+    student, judge = load_net(SMALL / "student.pt", DiT), load_net(SMALL / "judge.pt", SyncNet)
     seconds = np.arange(2 * data.RATE) / data.RATE
     hum = 10 ** (-30 / 20) * np.sin(2 * np.pi * 50 * seconds).astype(np.float32)
     source = faces.render_clip(faces.SPLITS["held-out"], 48, student.cfg.size).video
     for audio in (np.zeros_like(hum), hum):
-        dub = torch.cat(list(sample.stream(student, source, audio)))
+        dub = torch.cat(list(stream.dub_stream(student, source, audio)))
         assert bench.mouth_opening(judge, dub).mean() < 0.01  # of the side; open vowels: .08
 
 
@@ -134,17 +136,17 @@ def test_the_bundled_teacher_does_not_know_the_words_unless_it_hears():
     """Its first prediction, shown one clip's picture: without sound the mouth opens neither as
     there nor as in the truth; with sound as in the truth. (One person's correlation is .3 by
     chance, so 32 are asked.)"""
-    teacher, judge = load_dit(SMALL / "teacher.pt"), syncnet.load_syncnet(SMALL / "judge.pt")
+    teacher, judge = load_net(SMALL / "teacher.pt", DiT), load_net(SMALL / "judge.pt", SyncNet)
 
     def correlation(cond, source, clip):
-        noise = sample.seeded(0)(cond.masked_source)
-        dub = sample.to_frames(teacher, teacher(noise, 0.999, cond), source.video[None])[0]
+        noise = flow.seeded(0)(cond.masked_source)
+        dub = stream.to_frames(teacher, teacher(noise, 0.999, cond), source.video[None])[0]
         return np.corrcoef(bench.mouth_opening(judge, dub), clip.mouth[:, 0])[0, 1]
 
     deaf, hearing = [], []
     for i in range(32):
         source, truth = faces.dub_pair(60 + i, 48, teacher.cfg.size)
-        cond = sample.embed_clip(teacher, source.video[None], data.log_mel(truth.audio)[None])
+        cond = stream.embed_clip(teacher, source.video[None], data.log_mel(truth.audio)[None])
         null = teacher.null_cond(cond)
         deaf.append([correlation(null, source, clip) for clip in (source, truth)])
         if i < 8:
