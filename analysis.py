@@ -8,7 +8,6 @@ Figures are written to out/bench/. The README's other tables are made by bench.p
 
 import copy
 import dataclasses
-import hashlib
 import sys
 from pathlib import Path
 
@@ -50,9 +49,9 @@ VARIANTS = {  # what is changed of the preset, one thing at a time; options of d
     "init alone": {},  # which is looked at before DMD
     "critic never trained": {"critic_lr": 0.0},
     "1 critic update": {"critic_updates": 1},
-    "never guided": {"sync_window": "off"},
-    "guided everywhere": {"sync_window": "all"},
-    "window reversed": {"sync_window": "reversed"},
+    "never guided": {"guidance_band": "off"},
+    "guided everywhere": {"guidance_band": "all"},
+    "guided outside the band": {"guidance_band": "reversed"},
     "guidance 3": {"guidance_scale": 3.0},
     "guidance 4.5": {"guidance_scale": 4.5},
     "no reward": {"beta": 0.0},
@@ -68,7 +67,7 @@ VARIANTS = {  # what is changed of the preset, one thing at a time; options of d
 DMD_OPTIONS = (
     "critic_lr",
     "critic_updates",
-    "sync_window",
+    "guidance_band",
     "guidance_scale",
     "beta",
     "dmd_shift",
@@ -77,7 +76,7 @@ PAPER = {  # Sync-C and FVD of the same change there
     "as it is": "6.88, 119",
     "never guided": "6.14, 121",
     "guided everywhere": "7.13, 138",
-    "window reversed": "6.98, 127",
+    "guided outside the band": "6.98, 127",
     "no reward": "6.81, 120",
 }
 
@@ -177,12 +176,12 @@ def look_at_steps(walks, looker):
     return steps, ends
 
 
-def look_at_bands(walks, looker, window):
-    """Where 50 steps end that are guided at the j of one band alone, of BANDS or the `window` ->
+def look_at_bands(walks, looker, preset_band):
+    """Where 50 steps end that are guided at the j of one band alone, of BANDS or the preset's ->
     {band: a row}, and what it has more than no guidance, {band: differences}."""
     rows = {}
     differences = {}
-    for band in (*BANDS, window):
+    for band in (*BANDS, preset_band):
         scales = [GUIDED if j in band else 1.0 for j in range(STEPS)]
         for x0 in walks.walk(scales):
             pass
@@ -264,12 +263,12 @@ def draw_curves(path, rows, recipe, people):
     """Three figures of what `trajectory` found; grey in the first two is what the preset has."""
     bars = f"\n{people}; bars: one standard error (all curves are of the same people, so their"
     bars += " differences are surer)."
-    window = (recipe.sync_first, recipe.sync_last)
+    band = (recipe.band_first, recipe.band_last)
     caption = f"What guidance {GUIDED:g} buys and costs: the guess of x0 at each of 50 steps."
-    caption += f" Grey, j = {window[0]} to {window[1]}: the sync window of the preset.{bars}"
+    caption += f" Grey, j = {band[0]} to {band[1]}: the guidance band of the preset.{bars}"
     curves = {f"guidance {guidance:g}": curve for guidance, curve in rows["steps"].items()}
     axes = [("j", measure) for measure in COLUMNS]
-    panels(f"{path}-guidance.png", caption, curves, axes, span=window)
+    panels(f"{path}-guidance.png", caption, curves, axes, span=band)
 
     caption = "Two Euler steps of the teacher from noise: guided where, landing where? Grey line,"
     caption += f" j = {recipe.landing}: where the preset's student lands.{bars}"
@@ -286,10 +285,10 @@ def draw_curves(path, rows, recipe, people):
     for row in two_steps[1:-1]:
         row["label"] = ""  # those between the first and the last lie close together
     of_one_step, of_two_steps = rows["student"]
-    in_the_window = list(rows["bands"].values())[-1]
+    in_the_band = list(rows["bands"].values())[-1]
     curves = {
         "teacher, 50 steps; its guidance": ends,
-        f"teacher, 50 steps, {GUIDED:g} in the window, else 1": [in_the_window],
+        f"teacher, 50 steps, {GUIDED:g} in the band, else 1": [in_the_band],
         f"teacher, 2 steps, guided by {GUIDED:g}; its landing": two_steps,
         "student": [of_one_step | {"label": "1 step"}, of_two_steps],
         "truth": [rows["truth"]],
@@ -301,7 +300,7 @@ def draw_curves(path, rows, recipe, people):
 
 def draw_bands(path, differences, people):
     """Save a figure of what guidance changes, {name: differences} of look_at_bands: in each of
-    BANDS, in the window, and in all steps."""
+    BANDS, in the preset's, and in all steps."""
     figure, grid = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
     names = list(differences)
     colors = ["C0"] * len(BANDS) + ["C1", "C2"]
@@ -315,7 +314,9 @@ def draw_bands(path, differences, people):
         panel.set(xticks=range(len(names)), xticklabels=labels, xlabel="j that are guided")
         panel.set_ylabel(f"{LABELS[measure]}, minus unguided")
     caption = f"How the dub changes if only some of the 50 steps are guided, by {GUIDED:g}."
-    caption += f" {people}; bars: 95 %, paired.\nOrange: the sync window of the preset; green: all."
+    caption += (
+        f" {people}; bars: 95 %, paired.\nOrange: the guidance band of the preset; green: all."
+    )
     figure.suptitle(caption, fontsize="medium")
     runtime.save_figure(figure, path, dpi=80)
     plt.close(figure)
@@ -345,8 +346,8 @@ def trajectory(cfg, device):
     walks = Walks(teacher, pairs)
     looker = Looker(pairs, judge)
     steps, ends = look_at_steps(walks, looker)
-    window = range(recipe.sync_first, recipe.sync_last + 1)
-    bands, of_bands = look_at_bands(walks, looker, window)
+    preset_band = range(recipe.band_first, recipe.band_last + 1)
+    bands, of_bands = look_at_bands(walks, looker, preset_band)
     two_steps, of_landings = look_at_two_steps(walks, looker, recipe.landing)
     of_one_step = by_parts(dub_student, one_step(student), pairs)
     of_two_steps = by_parts(dub_student, student, pairs)
@@ -387,31 +388,21 @@ def trajectory(cfg, device):
     return {"rows": rows, "minus": minus}
 
 
-def trained(stage, train, recipe, made_from, *parts):
-    """train(recipe, *parts), saved in the recipe's folder; if it is there already, it is not
-    trained again. made_from: a hash of the files that it depends on. UserError: it was made from
-    others, or with other options."""
-    runtime.free_space(recipe.out)
-    path = Path(recipe.out, f"{stage}.pt")
-    with runtime.lock(recipe.out):
-        if path.is_file():
-            state = runtime.load(path, "dit")
-            changed = runtime.changed_options(state, recipe)
-            if state.get("made_from") != made_from:
-                changed.append("another teacher, expert or drawn world")
-            if changed:
-                raise UserError(
-                    f"{path} was made with {' '.join(changed)}: delete it, or choose another --out"
-                )
-        else:
-            net = train(recipe, *parts)
-            about = distill.remembered(recipe) | {"made_from": made_from}
-            runtime.save_net(path, net, stage=stage, **about)
-            runtime.resume_path(recipe, stage).unlink(missing_ok=True)
+def trained(stage, train, recipe, *parts):
+    """train(recipe, *parts), saved in the recipe's folder; if it is there already, made with the
+    same options, it is not trained again."""
+    runtime.make_folder(recipe.out)
+    path = runtime.find(stage, recipe.out)
+    options = runtime.result_options(recipe)
+    if path is None or runtime.load(path, "dit")["options"] != options:
+        net = train(recipe, *parts)
+        path = Path(recipe.out, f"{stage}.pt")
+        runtime.save_net(path, net, stage=stage, options=options)
+        runtime.resume_path(recipe, stage).unlink(missing_ok=True)
     return runtime.load_net(path, DiT, recipe.device)
 
 
-def train_row(name, recipe, folder, made_from, teacher, *parts):
+def train_row(name, recipe, folder, teacher, *parts):
     """The distillation with one thing changed -> the student. parts: clips, expert, judge, val."""
     of_init = {}
     for option, value in VARIANTS[name].items():
@@ -420,47 +411,24 @@ def train_row(name, recipe, folder, made_from, teacher, *parts):
     init_name = "-".join(["init", *(f"{option}-{value}" for option, value in of_init.items())])
     out = f"{folder}/{init_name}-{recipe.seed}"
     init_recipe = dataclasses.replace(recipe, out=out, **of_init)
-    init = trained("init", distill.train_init, init_recipe, made_from, teacher, *parts)
+    init = trained("init", distill.train_init, init_recipe, teacher, *parts)
     if name == "init alone":
         return init
     out = f"{folder}/{name.replace(' ', '-')}-{recipe.seed}"
     recipe = dataclasses.replace(recipe, out=out, **VARIANTS[name])
-    return trained("student", distill.train_dmd, recipe, made_from, teacher, init, *parts)
+    return trained("student", distill.train_dmd, recipe, teacher, init, *parts)
 
 
 def over_seeds(found):
-    """{row: [what bench.compare found, one for each seed]} -> {row: {measure: (difference, low,
-    high)}}: the mean over seeds and its 95 % interval.
-
-    Two variances add up. That of the people is not divided by the number of seeds, since they are
-    the same in all. That of the trainings is; three may look alike by chance, so it is never taken
-    to be less than the median of all rows'. (With --only it is known less well, with one seed not
-    at all. All rows share the trainings of the first one, so errors by chance come in groups.)"""
-    merged = {name: {} for name in found}
-    for measure in COLUMNS:
-        differences = {}
-        of_people = {}
-        of_trainings = {}
-        for name, seeds in found.items():
-            per_seed, low, high = np.array([seed[measure] for seed in seeds]).T
-            differences[name] = per_seed
-            of_people[name] = ((high - low) / (2 * 1.96)).mean() ** 2
-            if len(seeds) > 1:
-                of_trainings[name] = per_seed.var(ddof=1) / len(seeds)
-        for name, per_seed in differences.items():
-            variance = of_people[name]
-            if of_trainings:
-                # The median of such estimates is less than what they estimate, by this factor
-                # (Wilson and Hilferty 1931).
-                below = (1 - 2 / (9 * (len(per_seed) - 1))) ** 3
-                least = np.median(list(of_trainings.values())) / below
-                variance += max(of_trainings[name], least)
-            half = 1.96 * variance**0.5
-            merged[name][measure] = (
-                per_seed.mean(),
-                per_seed.mean() - half,
-                per_seed.mean() + half,
-            )
+    """{row: [what metrics.compare found, one for each seed]} -> {row: {measure: (difference, low,
+    high)}}: the mean over seeds, and how low and how high a seed's 95 % interval over people
+    reaches. All rows share the trainings of the first one."""
+    merged = {}
+    for name, seeds in found.items():
+        merged[name] = {}
+        for measure in COLUMNS:
+            differences, low, high = np.array([seed[measure] for seed in seeds]).T
+            merged[name][measure] = (differences.mean(), low.min(), high.max())
     return merged
 
 
@@ -478,11 +446,9 @@ def ablate(cfg, device):
     wanted = [base] + [name for name in wanted if name != base]  # which all are compared with
     (judge,) = networks(cfg, device)
     recipe = distill.Config(**distill.PRESETS[cfg.config], config=cfg.config, device=str(device))
-    files = [checkpoint(cfg, "teacher"), checkpoint(cfg, "syncnet")]
-    teacher = distill.load_like(recipe, files[0], device)
-    expert = runtime.load_net(files[1], SyncNet, device)
-    content = b"".join(file.read_bytes() for file in files) + runtime.source_hash().encode()
-    made_from = hashlib.sha256(content).hexdigest()
+    recipe = dataclasses.replace(recipe, source=cfg.source)
+    teacher = distill.load_like(recipe, checkpoint(cfg, "teacher"), device)
+    expert = runtime.load_net(checkpoint(cfg, "syncnet"), SyncNet, device)
     clips = distill.load_clips(recipe, "train", device)
     val = faces.make_pairs(2, recipe.size, "val", device)  # for the log alone
     pairs = faces.make_pairs(cfg.clips, recipe.size, "held-out", device, LATENTS)
@@ -492,12 +458,12 @@ def ablate(cfg, device):
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         of_seed = dataclasses.replace(recipe, seed=seed)
         for name in wanted:
-            net = train_row(name, of_seed, folder, made_from, teacher, clips, expert, judge, val)
+            net = train_row(name, of_seed, folder, teacher, clips, expert, judge, val)
             net = net.to(runtime.fast_dtype(device))
             found = evaluate(by_parts(dub_student, net, pairs), pairs, judge)
             row = summarize(found)
-            told = ", ".join(f"{key} {row[key]:.{digits}f}" for key, digits in COLUMNS.items())
-            print(f"{name}, seed {seed}: {told}", file=sys.stderr, flush=True)
+            line = ", ".join(f"{key} {row[key]:.{digits}f}" for key, digits in COLUMNS.items())
+            print(f"{name}, seed {seed}: {line}", file=sys.stderr, flush=True)
             rows.append(row | {"name": name, "seed": seed})
             if name == base:
                 of_base = found
@@ -517,8 +483,7 @@ def ablate(cfg, device):
                 _, low, high = minus[name][measure]
                 shown[title][measure + "_bold"] = low > 0 or high < 0
     table(f"mean ± half the range of {cfg.seeds} seeds (paper: Sync-C, FVD)", shown, COLUMNS)
-    chance = "seeds and people" if cfg.seeds > 1 else "people, not over seeds"
-    print(f'\nBold in the table: beyond chance (95 %, over {chance}). Minus "{base}":')
+    print(f'\nBold: beyond chance over people (95 %) with each of the seeds. Minus "{base}":')
     for name in differences:
         print(f"- {name}: {beyond_chance(minus[name])}")
     return {"rows": rows, "minus": minus}

@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 import math
-import sys
 import tempfile
 from pathlib import Path
 
@@ -54,7 +53,7 @@ class CommonOptions:
     """The options that bench.py and analysis.py share."""
 
     config: str = opt("small", "the preset; 1.3B is for speed alone", ("tiny", "small", "1.3B"))
-    weights: str = opt(
+    source: str = opt(
         "",
         "the folder of teacher, student and judge; weights/CONFIG if not given",
     )
@@ -73,40 +72,22 @@ class Options(CommonOptions):
 
 
 def checkpoint(cfg, name):
-    """The path of NAME.pt in the folder --weights. A teacher, expert or judge that is not there is
-    the one that the student there was distilled with: from its --teacher's folder, from its
-    --weights, or the bundled one."""
+    """The path of NAME.pt in the folder --source. A folder that has a student of the bundled
+    teacher and no teacher, reward expert or judge of its own is completed by the bundled ones."""
     bundled = runtime.BUNDLED / cfg.config
-    folder = Path(cfg.weights or bundled)
-    if cfg.weights and not folder.is_dir():
-        raise UserError(f"--weights {folder}: no such folder")
-    student = folder / "student.pt"
-    folders = [folder]
-    if name != "student":
-        state = runtime.load(student, "dit") if student.is_file() else {}
-        teacher = state.get("options", {}).get("teacher")
-        if teacher:
-            folders.append(Path(teacher).parent)
-        if state.get("weights"):
-            folders.append(Path(state["weights"]))
-        folders.append(bundled)
-    for place in folders:
-        path = place / f"{name}.pt"
-        if path.is_file():
-            print(f"{name}: {path}", file=sys.stderr, flush=True)
-            return path
-    raise UserError(
-        f"{folder}: no {name}.pt; --weights names a folder that holds one, out/tiny say"
-    )
+    source = cfg.source or bundled
+    path = runtime.find(name, source, "" if name == "student" else bundled)
+    if path is None:
+        raise UserError(f"{source}: no {name}.pt; --source names a folder that holds one")
+    return path
 
 
 def networks(cfg, device, *names):
     """The judge, then the networks of these names, "student" or "teacher"."""
+    dtype = runtime.fast_dtype(device)
     found = [runtime.load_net(checkpoint(cfg, "judge"), SyncNet, device)]
     for name in names:
-        found.append(
-            runtime.load_net(checkpoint(cfg, name), DiT, device, runtime.fast_dtype(device))
-        )
+        found.append(runtime.load_net(checkpoint(cfg, name), DiT, device, dtype))
     return found
 
 
@@ -312,8 +293,8 @@ def training(recipe, device):
 
 
 def speed(cfg, device):
-    """The student's stream against its teacher's windows, with random weights, which are as fast as
-    trained ones."""
+    """The student's stream against its teacher, who makes a clip at a time; with random weights,
+    which are as fast as trained ones."""
     recipe = recipe_of(cfg.config)
     dtype = runtime.fast_dtype(device)
     net = model.DiT(model.network_of(recipe)).to(device, dtype).eval()
@@ -322,13 +303,13 @@ def speed(cfg, device):
     source = clip.video[None, :frames].to(device)
     mel = data.log_mel(clip.audio[: frames * RATE // FPS])[None].to(device)
 
-    def teacher_windows(guidance):
+    def teacher_parts(guidance):
         yield dub_teacher(net, source, mel, guidance=guidance, latents=recipe.latents)[0]
 
     ways = {
         "student": functools.partial(dub_stream, net, clip.video, clip.audio),
-        "teacher_guided": functools.partial(teacher_windows, recipe.guidance_scale),
-        "teacher": functools.partial(teacher_windows, 1.0),
+        "teacher_guided": functools.partial(teacher_parts, recipe.guidance_scale),
+        "teacher": functools.partial(teacher_parts, 1.0),
     }
     if model.has_kernel(net):
         fused = functools.partial(dub_stream, net, fused=True)
@@ -390,7 +371,7 @@ def run_command(argv, commands, options, people, usage):
         raise UserError(f"{argv[0]}: no such command; one of {', '.join(commands)}")
     cfg = runtime.options(options, argv[1:], usage)
     cfg.clips = cfg.clips or people.get(argv[0], 0)
-    runtime.free_space(cfg.out)
+    runtime.make_folder(cfg.out)
     runtime.keep_memory()
     torch.manual_seed(cfg.seed)
     device = runtime.find_device(cfg.device, cfg.precision)

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime import UserError
-
 FPS = 25  # video frames a second
 RATE = 16000  # audio samples a second
 HOP = 160  # samples between mel frames: 100 a second, 4 to a video frame
@@ -146,11 +144,7 @@ class Clips:
         """Take up to n of `clips`, an iterable of (video (T, S, S, 3) uint8, audio (640 T,), mouth
         (T, 2) or NaN): see faces.drawn_clips and media.recorded. T is 4 latents."""
         T = 4 * latents
-        try:
-            self.video = torch.empty(n, T, size, size * 3 // 4, 3, dtype=torch.uint8, device=device)
-        except RuntimeError:
-            need = f"{n * T * size * size * 9 / 4e9:.0f} GB of memory"
-            raise UserError(f"{n} clips need {need}; --clips for fewer") from None
+        self.video = torch.empty(n, T, size, size * 3 // 4, 3, dtype=torch.uint8, device=device)
         self.mel = torch.empty(n, 4 * T, MELS, device=device)
         self.mouth = torch.empty(n, T, 2, device=device)
         found = 0

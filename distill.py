@@ -1,13 +1,13 @@
 """The main job: train a slow bidirectional teacher, then distil it into a two-step causal student.
 
-    python distill.py --config tiny         # from nothing to out/tiny/sample.mp4, minutes
+    python distill.py                       # tiny, from nothing to out/tiny/sample.mp4, minutes
     python distill.py --config small        # a student of the teacher in weights/small
     python distill.py --config small --fresh --stage teacher    # a teacher of your own
 
-Stages: judge and syncnet (the lip-sync experts), teacher (flow matching), init (diffusion forcing),
-student (distribution matching distillation with the sync window and the expert). Each saves its
-checkpoint to out/CONFIG/. One that is there already is used, and a line says so; --fresh makes
-everything anew.
+Stages: judge and syncnet (the judge of dubs and the reward expert), teacher (flow matching), init
+(diffusion forcing), student (distribution matching distillation with the guidance band and the
+reward). Each saves its checkpoint to out/CONFIG/. One that is there already is used, and a line
+says so; --fresh makes everything anew.
 """
 
 import copy
@@ -38,11 +38,14 @@ from flow import (
 )
 from model import DiT, network_of
 from runtime import (
+    Muon,
+    Training,
     UserError,
     adam_w,
     autocast,
     compiled,
     learning_rate,
+    load_net,
     opt,
     optimizer_step,
     step_seed,
@@ -55,7 +58,7 @@ AUDIO_DROP = 0.12  # share of the teacher's clips whose sound is withheld, for g
 LOWEST = 0.02  # the smallest t in the teacher's training and in DMD (paper: .001)
 JUDGE_CLIPS = 800  # people at most that the judge learns from
 TABLE_CLIPS = 16  # people in the last table
-STAGES = "judge", "syncnet", "teacher", "init", "student"
+LATER = {"teacher": ("init", "student"), "init": ("student",)}  # what is made from a stage
 
 
 @dataclasses.dataclass
@@ -68,13 +71,9 @@ class Config(model.Config):
     stage: str = opt("all", "the last stage to run", ("teacher", "init", "all"))
     out: str = opt("", "the folder of results; out/CONFIG if not given")
     fresh: bool = opt(False, "train every stage, even where a checkpoint is there")
-    teacher: str = opt(
+    source: str = opt(
         "",
-        "the checkpoint of a teacher to distil, with its experts beside it",
-    )
-    weights: str = opt(
-        "",
-        "the folder whose judge, syncnet and teacher serve if --out has none",
+        "the folder whose judge, syncnet and teacher serve where --out has none",
     )
     folder: str = opt("", "a folder of mp4s to train on, instead of drawn people")
     device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
@@ -153,15 +152,15 @@ class Config(model.Config):
     guidance_scale: float = opt(
         2.0, "guidance of the teacher in DMD; more: more in sync, less real (paper: 4.5)"
     )
-    sync_window: str = opt(
+    guidance_band: str = opt(
         "on",
-        "times at which the teacher is guided: in the window, nowhere, outside it, at all times",
+        "times at which the teacher is guided: in the band, nowhere, outside it, at all times",
         ("on", "off", "reversed", "all"),
     )
-    sync_first: int = opt(
-        20, "step j, of 50, at which the window begins (paper: 20)", least=0, most=49
+    band_first: int = opt(
+        20, "step j, of 50, at which the band begins (paper: 20)", least=0, most=49
     )
-    sync_last: int = opt(
+    band_last: int = opt(
         40,
         "step j, of 50, at which the window ends (paper: 40)",
         most=50,
@@ -189,7 +188,7 @@ PRESETS = {
         critic_lr=2e-4,
     ),
     "small": dict(
-        weights=str(runtime.BUNDLED / "small"),
+        source=str(runtime.BUNDLED / "small"),
         size=128,
         depth=6,
         clips=300,
@@ -215,6 +214,12 @@ def embed(net, batch, drop=None):
     return net.embed(to_float(batch.source), to_float(batch.reference), batch.heard, drop)
 
 
+def noise_of(net, batch, rng):
+    """Noise (B, L, N, P) for the mouths of a batch."""
+    B, T = batch.source.shape[:2]
+    return torch.randn(B, T // 4, *net.token_shape, generator=rng, device=rng.device)
+
+
 def target(batch):
     """The mouth rectangle (B, T, S/2, 3S/4, 3) in [-1, 1]: what is to be generated."""
     _, mouth = batch.source.chunk(2, 2)  # the upper and the lower half of the picture's rows
@@ -235,24 +240,22 @@ def evaluate_student(student, val, judge):
 
 
 def teacher_loss(net, expert, batch, noise, t, drop, cfg, edges, perceptual_weight):
-    """flow_loss and, times a weight (None: without), the perceptual loss -> a number."""
+    """flow_loss and, times a weight, the perceptual loss -> a number."""
     truth = target(batch)
     x0 = to_tokens(truth, cfg.patch)
     loss, pred = flow_loss(net, x0, noise, t, embed(net, batch, drop), cfg.weight_clip, edges)
-    if perceptual_weight is not None:
-        loss = loss + perceptual_weight * token_perceptual_loss(expert, pred, truth, cfg.patch)
-    return loss
+    perceptual = token_perceptual_loss(expert, pred, truth, cfg.patch)
+    return loss + perceptual_weight * perceptual
 
 
 def train_teacher(cfg, clips, expert, judge, val):
-    """Flow matching. The audio encoder starts as the lip-sync expert's (the paper: wav2vec 2.0)."""
+    """Flow matching. The audio encoder starts as the reward expert's (the paper: wav2vec 2.0)."""
     device = clips.video.device
     steps = cfg.teacher_steps
-    B = cfg.batch
     torch.manual_seed(cfg.seed)  # of the weights
     net = DiT(network_of(cfg)).to(device)
     if cfg.start:
-        net.load_state_dict(runtime.load_net(cfg.start, DiT).state_dict())
+        net.load_state_dict(load_net(cfg.start, DiT).state_dict())
     else:
         net.audio_encoder.load_state_dict(expert.audio_encoder.state_dict())
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -264,32 +267,26 @@ def train_teacher(cfg, clips, expert, judge, val):
             matrices.append(parameter)
     in_muon = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in net.parameters() if id(parameter) not in in_muon]
-    muon = runtime.Muon(matrices, cfg.muon_lr)
+    muon = Muon(matrices, cfg.muon_lr)
     adam = adam_w(others, cfg.teacher_lr, betas=(0.9, 0.98))
 
     loss_of = compiled(teacher_loss, cfg.compile, device, steps)
     parts = dict(net=net, ema=ema, muon=muon, adam=adam)
-    first = runtime.load_resume(cfg, "teacher", parts)
-    log_every = max(1, steps // 40)
-    evaluate_every = 10 * log_every
-    rng = torch.Generator(device)
-    start = saved = time.time()
-    for step in range(first, steps + 1):
-        rng.manual_seed(step_seed(cfg.seed, step))
-
+    run = Training(
+        cfg, "teacher", steps, parts, device, lambda: evaluate_teacher(ema, val, judge, cfg)
+    )
+    for step, rng in run:
         # Timing first: the loss on edges is ramped up over the second half, the perceptual loss
-        # over the third quarter. A teacher that is trained on has learned timing already.
+        # over the third quarter. A teacher that is trained on has learned timing already. (Both are
+        # tensors, since a compiled step is compiled again for each new number.)
         late = 1.0 if cfg.start else max(0.0, 2 * step / steps - 1)
         edges = torch.full((), late * cfg.edges, device=device)
-        perceptual = min(1.0, 2 * late) * cfg.perceptual_weight
-        perceptual = torch.full((), perceptual, device=device)
-        if late == 0 and loss_of is teacher_loss:
-            perceptual = None  # not made at all: that spares a tenth of a step
+        perceptual = torch.full((), min(1.0, 2 * late) * cfg.perceptual_weight, device=device)
 
-        batch = clips.sample_batch(B, cfg, rng)
-        noise = torch.randn(B, cfg.latents, *net.token_shape, generator=rng, device=device)
-        t = sample_times(B, cfg.t_shift, rng)
-        drop = torch.rand(B, generator=rng, device=device) < AUDIO_DROP
+        batch = clips.sample_batch(cfg.batch, cfg, rng)
+        noise = noise_of(net, batch, rng)
+        t = sample_times(cfg.batch, cfg.t_shift, rng)
+        drop = torch.rand(cfg.batch, generator=rng, device=device) < AUDIO_DROP
         with autocast(net):
             loss = loss_of(net, expert, batch, noise, t, drop, cfg, edges, perceptual)
         loss.backward()
@@ -297,18 +294,7 @@ def train_teacher(cfg, clips, expert, judge, val):
         adam_lr = learning_rate(cfg.teacher_lr, step, steps)
         norm = optimizer_step(net, {muon: muon_lr, adam: adam_lr})
         update_ema(ema, net, step)
-
-        save_now = time.time() - saved > runtime.SAVE_SECONDS
-        if step % log_every == 0 or step == steps or save_now:
-            values = runtime.finite("teacher", step, loss=loss, norm=norm)
-            if step % evaluate_every == 0 or step == steps:
-                values |= evaluate_teacher(ema, val, judge, cfg)
-            runtime.log(cfg, "teacher", step, steps, first, start, values)
-        if save_now:
-            runtime.save_resume(cfg, "teacher", step, parts)
-            runtime.draw_curves(cfg)
-            saved = time.time()
-    runtime.draw_curves(cfg)
+        run.log(loss=loss, norm=norm)
     return ema
 
 
@@ -332,28 +318,21 @@ def init_loss(net, expert, batch, noise, t, cfg):
 
 
 def train_init(cfg, teacher, clips, expert, judge, val):
-    """The teacher's weights under causal attention: every chunk has its own noise level, one of the
-    student's."""
+    """Diffusion forcing: the teacher's weights under causal attention, where every chunk has its
+    own noise level, one of the student's."""
     device = clips.video.device
     steps = cfg.init_steps
-    B = cfg.batch
     net = student_of(teacher, cfg)
     ema = copy.deepcopy(net).requires_grad_(False)
     adam = adam_w(net.parameters(), cfg.init_lr, betas=(0.9, 0.98))
-
     loss_of = compiled(init_loss, cfg.compile, device, steps)
     levels = torch.tensor(denoising_times(cfg), device=device)
     parts = dict(net=net, ema=ema, adam=adam)
-    first = runtime.load_resume(cfg, "init", parts)
-    log_every = max(1, steps // 40)
-    evaluate_every = 10 * log_every
-    rng = torch.Generator(device)
-    start = saved = time.time()
-    for step in range(first, steps + 1):
-        rng.manual_seed(step_seed(cfg.seed + 1, step))
-        batch = clips.sample_batch(B, cfg, rng)
-        noise = torch.randn(B, cfg.latents, *net.token_shape, generator=rng, device=device)
-        shape = B, cfg.latents // cfg.chunk
+    run = Training(cfg, "init", steps, parts, device, lambda: evaluate_student(ema, val, judge))
+    for step, rng in run:
+        batch = clips.sample_batch(cfg.batch, cfg, rng)
+        noise = noise_of(net, batch, rng)
+        shape = cfg.batch, cfg.latents // cfg.chunk
         level = levels[torch.randint(len(levels), shape, generator=rng, device=device)]
         t = level.repeat_interleave(cfg.chunk, 1)  # B L
         with autocast(net):
@@ -361,41 +340,40 @@ def train_init(cfg, teacher, clips, expert, judge, val):
         loss.backward()
         norm = optimizer_step(net, {adam: learning_rate(cfg.init_lr, step, steps)})
         update_ema(ema, net, step)
-
-        save_now = time.time() - saved > runtime.SAVE_SECONDS
-        if step % log_every == 0 or step == steps or save_now:
-            values = runtime.finite("init", step, loss=loss, norm=norm)
-            if step % evaluate_every == 0 or step == steps:
-                values |= evaluate_student(ema, val, judge)
-            runtime.log(cfg, "init", step, steps, first, start, values)
-        if save_now:
-            runtime.save_resume(cfg, "init", step, parts)
-            runtime.draw_curves(cfg)
-            saved = time.time()
-    runtime.draw_curves(cfg)
+        run.log(loss=loss, norm=norm)
     return ema
 
 
 def teacher_guidance(t, cfg):
     """Times (B, 1) -> the scale (B,) by which the teacher is guided there.
 
-    The window (paper Eq. 6) is j in [20, 40] of the grid, t in [.556, .882]. The paper's reason:
-    nearer to noise guidance distorts, nearer to the picture the lips are settled. (What it does in
-    this world: analysis.py trajectory, and the rows of ablate.)"""
-    inside = ((t >= grid_time(cfg.sync_last)) & (t <= grid_time(cfg.sync_first)))[:, 0]
-    if cfg.sync_window == "off":
+    The guidance band (the paper's sync window, Eq. 6) is j in [20, 40] of the grid, t in [.556,
+    .882]. The paper's reason: nearer to noise guidance distorts, nearer to the picture the lips are
+    settled. (What it does in this world: analysis.py trajectory, and the rows of ablate.)"""
+    inside = ((t >= grid_time(cfg.band_last)) & (t <= grid_time(cfg.band_first)))[:, 0]
+    if cfg.guidance_band == "off":
         inside = torch.zeros_like(inside)
-    elif cfg.sync_window == "all":
+    elif cfg.guidance_band == "all":
         inside = torch.ones_like(inside)
-    elif cfg.sync_window == "reversed":
+    elif cfg.guidance_band == "reversed":
         inside = ~inside
     return torch.where(inside, cfg.guidance_scale, 1.0)
 
 
 def dmd_gradient(pred_fake, pred_real, X):
-    """g = (pred_fake - pred_real) / mean |X - pred_real|, the mean per sample: without it, samples
-    at high noise, where predictions lie far apart, would drown the others. All (B, L, N, P). (Both
-    this mean and that of the loss go over all pixels; outside the mask both differences are 0.)"""
+    """g = (pred_fake - pred_real) / mean |X - pred_real|, the mean per sample. All (B, L, N, P).
+
+    Why this moves the student's distribution to the teacher's: the KL divergence KL(student ||
+    teacher) of noisy samples x_t has, with respect to the student's weights w, the gradient
+    E[(s_student(x_t) - s_teacher(x_t)) dx_t/dw], the difference of two scores s = grad log p(x_t).
+    A score is known from the best guess of x0 at x_t: s = ((1 - t) E[x0 | x_t] - x_t) / t^2
+    (Tweedie's formula). In the difference x_t cancels, and (1 - t) / t^2 (pred_fake - pred_real) is
+    left. Nobody knows the student's own score; the critic, trained on what the student makes,
+    stands for it.
+
+    The factor is replaced by one over the mean, as in DMD: else samples at some noise levels would
+    drown the others. (Both this mean and that of the loss go over all pixels; outside the mask both
+    differences are 0.)"""
     distance = (X - pred_real).abs().flatten(1).mean(1).clamp(min=1e-6)
     return (pred_fake - pred_real) / distance.view(-1, 1, 1, 1)
 
@@ -420,9 +398,12 @@ def student_loss(cfg, X, batch, teacher, critic, expert, rng):
         pred_real = guided(teacher, x_t, t, embed(teacher, batch), scale).float()
         # The critic must go on learning: it tells where the student's dubs are too common. One that
         # stays a copy of the teacher would differ from it by the guidance alone, and push for ever
-        # in that direction (a row of analysis.py ablate).
+        # in that direction (a row of analysis.py ablate). It is not guided: it is to know what the
+        # student makes of this sound, not to exaggerate it. So it never learns without sound.
         pred_fake = critic(x_t, t, embed(critic, batch)).float()
         g = dmd_gradient(pred_fake, pred_real, X)
+        # The expert is shown X as the network made it. Seams are blended for viewers alone; the
+        # expert was trained on faces that have none, and a blend would hide what is to be mended.
         weight, sync_c = reward_weights(expert, to_pixels(X, cfg.patch), batch.mel, cfg.beta)
     return dmd_loss(X, g, weight), sync_c
 
@@ -432,124 +413,66 @@ def train_dmd(cfg, teacher, init, clips, expert, judge, val):
     each the student generates X and the critic takes a step of flow matching on X, so that it knows
     what the student makes now. On the last one the student is updated first, by student_loss. A
     clip is restored from its own sound; other words come in evaluation only. The learning rates are
-    constant. The init that it starts from is a blur: sharpness .32 at small, gain .41."""
+    constant."""
     device = clips.video.device
     steps = cfg.dmd_steps
-    B = cfg.dmd_batch
     student = student_of(init, cfg)
-    critic = copy.deepcopy(teacher).train().requires_grad_(True)
+    critic = copy.deepcopy(teacher).requires_grad_(True)
     ema = copy.deepcopy(student).requires_grad_(False)
+    # Without momentum (beta1 = 0), as two networks that learn from each other mostly are: what was
+    # the right direction for the student some steps ago is not, once the critic has moved.
     adam = adam_w(student.parameters(), cfg.student_lr, betas=(0.0, 0.999))
     critic_adam = adam_w(critic.parameters(), cfg.critic_lr, betas=(0.0, 0.999))
 
     critic_loss_of = compiled(flow_loss, cfg.compile, device, steps * cfg.critic_updates)
     parts = dict(student=student, critic=critic, ema=ema, adam=adam, critic_adam=critic_adam)
-    first = runtime.load_resume(cfg, "student", parts)
-    log_every = max(1, steps // 40)
-    evaluate_every = 4 * log_every  # more often than in the other stages: it changes fast
-    rng = torch.Generator(device)
-    start = saved = time.time()
-    for step in range(first, steps + 1):
-        rng.manual_seed(step_seed(cfg.seed + 2, step))  # init: + 1, the teacher: + 0
-        for turn in range(1, cfg.critic_updates + 1):
-            students_turn = turn == cfg.critic_updates
-            batch = clips.sample_batch(B, cfg, rng)
+    # Evaluated more often than in the other stages: it changes fast.
+    run = Training(
+        cfg,
+        "student",
+        steps,
+        parts,
+        device,
+        lambda: evaluate_student(ema, val, judge),
+        evaluate_every=4,
+    )
+    for step, rng in run:
+        exit_rng = np.random.default_rng(step_seed(cfg.seed, "exit", step))
+        for update in range(1, cfg.critic_updates + 1):
+            trains_student = update == cfg.critic_updates
+            batch = clips.sample_batch(cfg.dmd_batch, cfg, rng)
 
-            # After which call the student stops is drawn at random.
-            exit_rng = np.random.default_rng([cfg.seed, step, turn])
+            # After which call the student stops is drawn at random, on the CPU, where it is needed.
             exit_step = int(exit_rng.integers(cfg.num_steps))
-            with torch.set_grad_enabled(students_turn), autocast(student):
-                cond = embed(student, batch)
-                chunks = in_chunks(cond, cfg.chunk)
+            with torch.set_grad_enabled(trains_student), autocast(student):
+                chunks = in_chunks(embed(student, batch), cfg.chunk)
                 made = rollout(student, chunks, lambda x: noise_like(x, rng), exit_step)
                 X = torch.cat(list(made), 1)  # B L N P
 
-            # The last of these turns trains the student ...
-            if students_turn:
+            # The last of these batches trains the student ...
+            if trains_student:
                 with autocast(student):
                     loss, sync_c = student_loss(cfg, X, batch, teacher, critic, expert, rng)
                 loss.backward()
                 norm = optimizer_step(student, {adam: cfg.student_lr})
                 update_ema(ema, student, step)
 
-            # ... and every turn the critic.
+            # ... and every one the critic.
             X = X.detach()
-            t = sample_times(B, cfg.dmd_shift, rng)
+            t = sample_times(cfg.dmd_batch, cfg.dmd_shift, rng)
+            noise = noise_like(X, rng)
             with autocast(critic):
                 cond = embed(critic, batch)
-                critic_loss, _ = critic_loss_of(
-                    critic, X, noise_like(X, rng), t, cond, cfg.weight_clip
-                )
+                critic_loss, _ = critic_loss_of(critic, X, noise, t, cond, cfg.weight_clip)
             critic_loss.backward()
             optimizer_step(critic, {critic_adam: cfg.critic_lr})
-
-        save_now = time.time() - saved > runtime.SAVE_SECONDS
-        if step % log_every == 0 or step == steps or save_now:
-            values = runtime.finite(
-                "student", step, critic_loss=critic_loss, loss=loss, norm=norm, reward_c=sync_c
-            )
-            if step % evaluate_every == 0 or step == steps:
-                values |= evaluate_student(ema, val, judge)
-            runtime.log(cfg, "student", step, steps, first, start, values)
-        if save_now:
-            runtime.save_resume(cfg, "student", step, parts)
-            runtime.draw_curves(cfg)
-            saved = time.time()
-    runtime.draw_curves(cfg)
+        run.log(critic_loss=critic_loss, loss=loss, norm=norm, reward_c=sync_c)
     return ema
-
-
-def set_up(cfg):
-    """Check what argparse cannot -> device."""
-    most = data.CLIP_LATENTS - 2 * cfg.chunk  # which leaves room for a reference
-    if cfg.latents % cfg.chunk or cfg.latents > most:
-        raise UserError(
-            f"--latents {cfg.latents}: choose a multiple of --chunk {cfg.chunk}, at most {most}"
-        )
-    if cfg.sync_first >= cfg.sync_last:
-        raise UserError(
-            f"--sync_first {cfg.sync_first}: choose less than --sync_last {cfg.sync_last}"
-        )
-    with torch.device("meta"):  # which has shapes, and no memory
-        net = DiT(network_of(cfg))  # an assertion fails now, not after the experts
-    if cfg.folder:
-        media.mp4s(cfg.folder)
-    for path in (cfg.teacher, cfg.start):
-        if path and load_like(cfg, path).stage != "teacher":
-            raise UserError(f"{path}: a causal student cannot teach; name a teacher.pt")
-    runtime.keep_memory()
-    device = runtime.find_device(cfg.device, cfg.precision)
-    check_memory(cfg, net, device)
-    cfg.out = cfg.out or f"out/{cfg.config}"
-    runtime.free_space(cfg.out, 500 << 20)
-    return device
-
-
-def check_memory(cfg, net, device):
-    """UserError now, not after the experts: what a training holds at the very least, which is a
-    small part of it, is more than there is."""
-    frame = cfg.size * cfg.size * 9 // 4  # values in the part of a picture that data.middle keeps
-    clip = 4 * data.CLIP_LATENTS * frame
-    sample = 4 * cfg.latents * frame * 2 * 5  # source and reference, in bytes and in floats
-    weights = sum(parameter.nbytes for parameter in net.parameters())
-    fixed = sum(buffer.nbytes for buffer in net.buffers())
-    need = {
-        f"--clips {cfg.clips}": cfg.clips * clip,
-        f"--batch {cfg.batch}": cfg.batch * sample,
-        f"--dmd_batch {cfg.dmd_batch}": cfg.dmd_batch * sample,
-        # Besides the weights their mean, their gradient and an optimizer's state.
-        f"--width {cfg.width} --depth {cfg.depth} --size {cfg.size}": 4 * weights + fixed,
-    }
-    there = runtime.total_memory(device)
-    for what, size in need.items():
-        if size > there:
-            amount = f"more than {size / 1e9:.0f} GB of memory; {device} has {there / 1e9:.0f}"
-            raise UserError(f"{what} needs {amount}; choose less")
 
 
 def load_like(cfg, path, device="cpu"):
     """A checkpoint -> DiT. UserError: its network is not of the shape that cfg says."""
-    net = runtime.load_net(path, DiT, device)
+    net = load_net(path, DiT, device)
     for key in ("size", "patch", "width", "depth", "heads"):
         there = getattr(net.cfg, key)
         here = getattr(cfg, key)
@@ -575,25 +498,26 @@ def load_clips(cfg, split, device):
     return clips
 
 
-def remembered(cfg):
-    """What a checkpoint tells of how it was made."""
-    return dict(
-        source_hash=runtime.source_hash(),
-        options=runtime.result_options(cfg),
-        weights=cfg.weights,  # where its teacher and experts may have come from
-    )
+def find_made(cfg, stage, source=""):
+    """The path of the checkpoint of a stage that need not be trained, in --out or in `source`; None
+    if it is to be trained, or gone on with."""
+    path = runtime.resume_path(cfg, stage)
+    if cfg.fresh:
+        path.unlink(missing_ok=True)
+    if cfg.fresh or path.is_file():
+        return None
+    return runtime.find(stage, cfg.out, source)
 
 
 def save_stage(cfg, stage, net):
     """Save what a stage has made -> its path. What was made from a former one is deleted."""
+    for later in LATER.get(stage, ()):
+        for stale in (Path(cfg.out, f"{later}.pt"), runtime.resume_path(cfg, later)):
+            if stale.is_file():
+                print(f"{later}: {stale} was made from a former {stage}: deleted")
+            stale.unlink(missing_ok=True)
     path = Path(cfg.out, f"{stage}.pt")
-    for later in STAGES[STAGES.index(stage) + 1 :]:
-        stale = Path(cfg.out, f"{later}.pt")
-        if stale.is_file():
-            print(f"{later}: {stale} was made from the former {path}: deleted")
-        stale.unlink(missing_ok=True)
-        runtime.resume_path(cfg, later).unlink(missing_ok=True)
-    runtime.save_net(path, net, stage=stage, **remembered(cfg))
+    runtime.save_net(path, net, stage=stage, options=runtime.result_options(cfg))
     runtime.resume_path(cfg, stage).unlink(missing_ok=True)
     print(f"{stage}: {path}", flush=True)
     return path
@@ -629,31 +553,29 @@ def main_job(cfg, device):
     expert_cfg = syncnet.Config(size=cfg.size)
 
     # 1. The judge. It learns from people whom nothing else sees.
-    path = runtime.result("judge", cfg, bundled=True)
+    path = find_made(cfg, "judge", cfg.source)
     if path is None:
-        path = Path(cfg.out, "judge.pt")
         clips = load_clips(cfg, "judge", device)
-        net = syncnet.train(expert_cfg, clips, cfg.sync_steps, cfg.seed + 20, val, "judge")
-        runtime.save_net(path, net, **remembered(cfg))
-        print(f"judge: {path}", flush=True)
+        seed = step_seed(cfg.seed, "judge", 0)
+        net = syncnet.train(expert_cfg, clips, cfg.sync_steps, seed, val, "judge")
+        path = save_stage(cfg, "judge", net)
         del clips  # its memory is needed for the others
-    judge = runtime.load_net(path, SyncNet, device)
+    judge = load_net(path, SyncNet, device)
 
     # All that follows learns from the same clips. They are drawn once something is to be trained.
     clips = None
 
-    # 2. The expert that gives the reward. A bundled one has seen drawn people only.
-    path = runtime.result("syncnet", cfg, bundled=not cfg.folder)
+    # 2. The reward expert. One of --source has not seen the people in --folder.
+    path = find_made(cfg, "syncnet", "" if cfg.folder else cfg.source)
     if path is None:
-        path = Path(cfg.out, "syncnet.pt")
         clips = load_clips(cfg, "train", device)
-        net = syncnet.train(expert_cfg, clips, cfg.sync_steps, cfg.seed + 10, val, "syncnet")
-        runtime.save_net(path, net, **remembered(cfg))
-        print(f"syncnet: {path}", flush=True)
-    expert = runtime.load_net(path, SyncNet, device)
+        seed = step_seed(cfg.seed, "syncnet", 0)
+        net = syncnet.train(expert_cfg, clips, cfg.sync_steps, seed, val, "syncnet")
+        path = save_stage(cfg, "syncnet", net)
+    expert = load_net(path, SyncNet, device)
 
     # 3. The teacher.
-    path = runtime.result("teacher", cfg, bundled=not cfg.folder and not cfg.start)
+    path = find_made(cfg, "teacher", "" if cfg.folder or cfg.start else cfg.source)
     if path is None:
         clips = clips or load_clips(cfg, "train", device)
         path = save_stage(cfg, "teacher", train_teacher(cfg, clips, expert, judge, val))
@@ -661,7 +583,7 @@ def main_job(cfg, device):
 
     # 4. The student's first weights.
     if cfg.stage in ("init", "all"):
-        path = runtime.result("init", cfg)
+        path = find_made(cfg, "init")
         if path is None:
             clips = clips or load_clips(cfg, "train", device)
             path = save_stage(cfg, "init", train_init(cfg, teacher, clips, expert, judge, val))
@@ -669,7 +591,7 @@ def main_job(cfg, device):
 
     # 5. The student.
     if cfg.stage == "all":
-        path = runtime.result("student", cfg)
+        path = find_made(cfg, "student")
         if path is None:
             clips = clips or load_clips(cfg, "train", device)
             net = train_dmd(cfg, teacher, init, clips, expert, judge, val)
@@ -688,9 +610,16 @@ def main_job(cfg, device):
 
 def main(argv):
     cfg = runtime.options(Config, argv, __doc__, PRESETS)
-    device = set_up(cfg)
-    with runtime.lock(cfg.out):
-        main_job(cfg, device)
+    cfg.out = cfg.out or f"out/{cfg.config}"
+    most = data.CLIP_LATENTS - 2 * cfg.chunk  # which leaves room for a reference
+    assert cfg.latents % cfg.chunk == 0 and cfg.latents <= most, "choose another --latents"
+    for path in (cfg.source, cfg.start, cfg.folder):
+        if path and not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder")
+    runtime.keep_memory()
+    device = runtime.find_device(cfg.device, cfg.precision)
+    runtime.make_folder(cfg.out)
+    main_job(cfg, device)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from data import FPS, log_mel, mouth_mask
 from media import write_video
-from runtime import free_space, opt, options, run
+from runtime import make_folder, opt, options, run
 from voices import LIPS_FPS, speak
 
 # Nobody is in two of these: the judge has never seen the people that anything else is trained on,
@@ -323,7 +323,7 @@ class Options:
 
 def main(argv):
     cfg = options(Options, argv, __doc__)
-    free_space(cfg.out)
+    make_folder(cfg.out)
     clips = [render_clip(SPLITS["held-out"] + 2 * i, 96, 128) for i in range(8)]
     rows = [torch.cat(list(clip.video[::12]), 1) for clip in clips]
     matplotlib.image.imsave(f"{cfg.out}/sheet.png", torch.cat(rows).numpy())

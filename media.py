@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from data import FPS, RATE
-from runtime import UserError, free_space, need_file, written_file
+from runtime import UserError, make_folder, need_file
 
 FFMPEG = 9  # the oldest version that the tests pass with
 # A second output that throws everything away. While all tracks are in use, time 0 of each is the
@@ -221,9 +221,8 @@ def write_video(path, size, audio=None):
     path = Path(path)
     if path.suffix.lower() not in (".mp4", ".mov", ".mkv") or path.is_dir():
         raise UserError(f"{path}: write to a file whose name ends in .mp4")
-    final = written_file(path)
-    free_space(final.parent)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=final.parent) as folder:
+    make_folder(path.parent)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
         if isinstance(audio, np.ndarray):
             soundfile.write(os.fsencode(f"{folder}/sound.wav"), audio, RATE)
             audio = Sound(f"{folder}/sound.wav")
@@ -255,7 +254,7 @@ def write_video(path, size, audio=None):
             next(
                 read_video(partial)
             )  # UserError if ffmpeg could not finish it, for want of room say
-        os.replace(partial, final)
+        os.replace(partial, path)
 
 
 def mp4s(folder):

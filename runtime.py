@@ -1,14 +1,11 @@
 """What the scripts run on: options, devices, optimizers, checkpoints, logs."""
 
 import argparse
-import contextlib
 import ctypes
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -29,10 +26,8 @@ precision = ""  # what --precision says, for the whole process; "": what the dev
 # The lowest and the highest that a number among the options may be, unless the option says another.
 RANGES = {int: (1, 2**32 - 1), float: (0, 1000)}
 # Options that change a result by rounding at most.
-WHERE = "stage", "out", "weights", "fresh", "device", "precision", "compile"
+WHERE = "stage", "out", "fresh", "device", "precision", "compile"
 SAVE_SECONDS = 30  # between two states of a training that a stopped run goes on from
-# The files that say who is drawn, what they say and how it is heard.
-WORLD = "faces.py", "voices.py", "data.py"
 
 
 class UserError(Exception):
@@ -106,15 +101,18 @@ def run(main):
             signal.signal(number, stop)
     try:
         main(sys.argv[1:])
-    except (UserError, torch.OutOfMemoryError) as e:
-        full = "out of GPU memory; use fewer --clips, or a smaller --batch and --dmd_batch"
-        print(f"error: {e if isinstance(e, UserError) else full}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our frames has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        advice = "use fewer --clips, or a smaller --batch and --dmd_batch"
+        print(f"error: out of GPU memory; {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our frames has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def find_device(name="", dtype=""):
@@ -202,19 +200,11 @@ def keep_memory():
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def total_memory(device):
-    """Bytes of memory that the device has, used or not; infinite where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # not on Windows
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return math.inf
-
-
-def step_seed(seed, step):
-    """The seed of one training step's random numbers. Since a step's do not depend on those of the
-    steps before, a stopped run needs no generator's state to go on."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def step_seed(seed, stage, step):
+    """The seed of the random numbers of one step of a stage, a word. Since a step's do not depend
+    on those of the steps before, a stopped run needs no generator's state to go on."""
+    stage = int.from_bytes(stage.encode(), "big")
+    return int(np.random.SeedSequence([seed, stage, step]).generate_state(1)[0])
 
 
 class Muon(torch.optim.Optimizer):
@@ -294,58 +284,23 @@ def need_file(path):
         raise UserError(f"{path}: {what}")
 
 
-def written_file(path):
-    """The file that is replaced when `path` is written: if that is a link, what it points to.
-    UserError: a folder or a device is there."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: not a file; choose another name")
-    return Path(os.path.realpath(path) if os.path.islink(path) else path)
-
-
-def free_space(folder, need=64 << 20, instead="choose another --out"):
-    """Make `folder`; UserError unless it can be written and has `need` bytes free."""
+def make_folder(folder):
+    """Make `folder`; UserError unless it can be written."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e.strerror}); {instead}") from None
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise UserError(
-            f"{folder}: {free >> 20} MB free, {need >> 20} needed; make room or {instead}"
-        )
-
-
-def lock(folder):
-    """Hold this, by `with`, to be the only training that writes to `folder`; UserError: there is
-    another one. The system lets go of it when the process ends, however it ends."""
-    if os.name != "posix":
-        return contextlib.nullcontext()
-    import fcntl  # not on Windows
-
-    path = Path(folder, "log.jsonl")
-    try:
-        file = open(path, "a")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); choose another --out") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        what = "another training writes there; wait for its end, or choose another --out"
+        what = f"cannot be written ({e.strerror}); choose another --out"
         raise UserError(f"{folder}: {what}") from None
-    except OSError as e:
-        print(f"{folder}: no locks there ({e.strerror}), so start no second training in it")
-    return file
 
 
 def save(path, **state):
     """torch.save beside `path`, then rename: never half a file."""
-    final = written_file(path)
-    free_space(final.parent)
-    partial = Path(f"{final}.writing")
+    make_folder(Path(path).parent)
+    partial = Path(f"{path}.writing")
     try:
         torch.save(state, partial)
-        os.replace(partial, final)
+        os.replace(partial, path)
     except (OSError, RuntimeError) as e:
         raise UserError(
             f"{path}: could not be saved ({str(e).splitlines()[0]}); make room"
@@ -396,84 +351,15 @@ def find_weights(name, given=""):
     return given or BUNDLED / f"small/{name}.pt"
 
 
-def source_hash():
-    """Of the files that say who is drawn, what they say and how it is heard. A checkpoint
-    remembers it, so that one that was trained on other people is told from today's."""
-    digest = hashlib.sha256()
-    for name in WORLD:
-        digest.update(Path(__file__).with_name(name).read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def resume_path(cfg, stage):
-    """Where a stage keeps the state that a stopped run goes on from."""
-    return Path(cfg.out, f"{stage}.resume.pt")
-
-
-def result(stage, cfg, bundled=False):
-    """The path of a checkpoint to take for this stage, which is printed, or None if it must be
-    trained. Searched in order: --out; beside --teacher, for the experts; where a `bundled` one will
-    do, the folder --weights, which the preset small names."""
-    own = Path(cfg.out, f"{stage}.pt")
-    expert = stage in ("judge", "syncnet")
-    if cfg.fresh:
-        resume_path(cfg, stage).unlink(missing_ok=True)
-    if stage == "teacher" and cfg.teacher:
-        places = [Path(cfg.teacher)]
-    elif cfg.fresh or resume_path(cfg, stage).is_file():
-        places = []  # the stage is to be trained, or gone on with
-    else:
-        places = [own]
-        if expert and cfg.teacher:
-            places.append(Path(cfg.teacher).with_name(own.name))
-        if bundled and cfg.weights:
-            places.append(Path(cfg.weights, own.name))
-    found = [path for path in places if path.is_file()]
-    if not found:
-        return None
-    path = found[0]
-    state = load(path, "syncnet" if expert else "dit")
-    changed = changed_options(state, cfg) if path == own else []
-    made = ", made with " + " ".join(changed) if changed else ""
-    print(f"{stage}: {path}{made} (--fresh makes everything anew)", flush=True)
-    if state.get("source_hash", source_hash()) != source_hash():
-        print(
-            f"{stage}: {path} comes from another faces.py, voices.py or data.py; --fresh makes"
-            " everything anew"
-        )
-    return path
-
-
-def changed_options(state, cfg):
-    """The options that a checkpoint was made with where they differ from today's."""
-    changed = []
-    for name, value in state.get("options", {}).items():
-        if name not in WHERE and getattr(cfg, name, value) != value:
-            changed.append(f"--{name} {value}")
-    return changed
-
-
-def load_resume(cfg, stage, parts):
-    """Put the state that a stopped run of this stage has left into `parts`, {name: what has a
-    state_dict} -> the step to go on with; 1 if there is none, or one of other options."""
-    path = resume_path(cfg, stage)
-    if not path.is_file():
-        return 1
-    state = load(path, "resume")
-    if state["options"] != result_options(cfg):
-        print(f"{stage}: {path} is of other options: begun anew", flush=True)
-        return 1
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    print(f"{stage}: going on after step {state['step']} ({path})", flush=True)
-    return state["step"] + 1
-
-
-def save_resume(cfg, stage, step, parts):
-    """Keep the state after a step, for load_resume. Random numbers are not in it: see step_seed."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    options = result_options(cfg)
-    save(resume_path(cfg, stage), kind="resume", step=step, options=options, **states)
+def find(name, *folders):
+    """The path of NAME.pt in the first of these folders that holds one, which is printed; None if
+    there is none. A folder that is "" is left out."""
+    for folder in folders:
+        path = Path(folder, f"{name}.pt")
+        if folder and path.is_file():
+            print(f"{name}: {path}", file=sys.stderr, flush=True)
+            return path
+    return None
 
 
 def result_options(cfg):
@@ -481,25 +367,96 @@ def result_options(cfg):
     return {name: value for name, value in vars(cfg).items() if name not in WHERE}
 
 
-def finite(stage, step, **values):
-    """Tensors -> the same as numbers, for which it waits. UserError: one of them is not finite."""
-    numbers = {name: value.item() for name, value in values.items()}
-    if not all(map(math.isfinite, numbers.values())):
-        advice = "run it again to go on from the last checkpoint, or with a lower learning rate"
-        raise UserError(f"{stage} step {step}: not finite ({numbers}); {advice}")
-    return numbers
+def resume_path(cfg, stage):
+    """Where a stage keeps the state that a stopped run goes on from."""
+    return Path(cfg.out, f"{stage}.resume.pt")
 
 
-def append_line(path, line):
-    """Add a line to a text file. UserError if that fails, and then the file is as it was."""
-    end = path.stat().st_size if path.is_file() else 0
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError as e:
-        if path.is_file() and path.stat().st_size > end:
-            os.truncate(path, end)  # no half of a line, which the next one would be added to
-        raise UserError(f"{path}: could not be written ({e.strerror}); make room") from None
+class Training:
+    """What all training loops share, before and after the step itself:
+
+        run = Training(cfg, "init", steps, parts, device, evaluate)
+        for step, rng in run:
+            ...
+            run.log(loss=loss)
+
+    `parts`, {name: what has a state_dict}, are saved every SAVE_SECONDS to --out, and a stopped run
+    goes on from there, if the options are the same. Each step's random numbers are its own. At 40
+    of the steps `log` tells the screen and log.jsonl the losses, and at each `evaluate_every`th of
+    these 40 and at the end what evaluate() returns, {measure: number}."""
+
+    def __init__(self, cfg, stage, steps, parts, device, evaluate, evaluate_every=10):
+        self.cfg = cfg
+        self.stage = stage
+        self.steps = steps
+        self.parts = parts
+        self.evaluate = evaluate
+        self.log_every = max(1, steps // 40)
+        self.evaluate_every = evaluate_every * self.log_every
+        self.rng = torch.Generator(device)
+        self.first = self.go_on()
+        self.start = self.saved = time.time()
+
+    def __iter__(self):
+        for self.step in range(self.first, self.steps + 1):
+            self.rng.manual_seed(step_seed(self.cfg.seed, self.stage, self.step))
+            yield self.step, self.rng
+        draw_curves(self.cfg)
+
+    def log(self, **losses):
+        """The end of a step. losses: tensors, which are only waited for where they are told."""
+        is_last = self.step == self.steps
+        save_now = time.time() - self.saved > SAVE_SECONDS
+        if self.step % self.log_every == 0 or is_last or save_now:
+            values = self.finite(losses)
+            if self.step % self.evaluate_every == 0 or is_last:
+                values |= self.evaluate()
+            self.tell(values)
+        if save_now:
+            self.save()
+            draw_curves(self.cfg)
+            self.saved = time.time()
+
+    def finite(self, losses):
+        """Tensors -> the same as numbers. UserError: one of them is not finite."""
+        numbers = {name: value.item() for name, value in losses.items()}
+        if not all(map(math.isfinite, numbers.values())):
+            advice = "run it again to go on from the last checkpoint, or with a lower learning rate"
+            what = f"{self.stage} step {self.step}: not finite ({numbers})"
+            raise UserError(f"{what}; {advice}")
+        return numbers
+
+    def tell(self, values):
+        """A line on the screen, and a JSON object at the end of log.jsonl."""
+        elapsed = time.time() - self.start
+        left = elapsed / (self.step - self.first + 1) * (self.steps - self.step)
+        row = dict(stage=self.stage, step=self.step, seconds=elapsed, **values)
+        with open(Path(self.cfg.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(row) + "\n")
+        words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
+        times = f"{elapsed:.0f} s, {left:.0f} left"
+        print(f"{self.stage:8} step {self.step:5d}/{self.steps} | {words} | {times}", flush=True)
+
+    def save(self):
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        options = result_options(self.cfg)
+        path = resume_path(self.cfg, self.stage)
+        save(path, kind="resume", step=self.step, options=options, **states)
+
+    def go_on(self):
+        """Put the state that a stopped run has left into the parts -> the step to go on with; 1 if
+        there is none, or one of other options."""
+        path = resume_path(self.cfg, self.stage)
+        if not path.is_file():
+            return 1
+        state = load(path, "resume")
+        if state["options"] != result_options(self.cfg):
+            print(f"{self.stage}: {path} is of other options: begun anew", flush=True)
+            return 1
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        print(f"{self.stage}: going on after step {state['step']} ({path})", flush=True)
+        return state["step"] + 1
 
 
 def save_figure(figure, path, dpi):
@@ -508,23 +465,8 @@ def save_figure(figure, path, dpi):
     try:
         figure.savefig(partial, dpi=dpi, format="png")
         os.replace(partial, path)
-    except OSError as e:
-        raise UserError(f"{path}: could not be saved ({e.strerror}); make room") from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-def log(cfg, stage, step, steps, first, start, values):
-    """Tell how a training goes that began with step `first` at the time `start`: a line on the
-    screen, and a JSON object at the end of log.jsonl."""
-    elapsed = time.time() - start
-    left = elapsed / (step - first + 1) * (steps - step)
-    row = dict(stage=stage, step=step, seconds=elapsed, **values)
-    append_line(Path(cfg.out, "log.jsonl"), json.dumps(row))
-    words = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
-    print(
-        f"{stage:8} step {step:5d}/{steps} | {words} | {elapsed:.0f} s, {left:.0f} left", flush=True
-    )
 
 
 def read_log(path):
@@ -533,10 +475,7 @@ def read_log(path):
     stages = {}
     with open(path) as file:
         for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # a line that was broken off
-                continue
+            row = json.loads(line)
             earlier = [old for old in stages.get(row["stage"], []) if old["step"] < row["step"]]
             stages[row["stage"]] = [*earlier, row]
     return stages

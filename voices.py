@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 
 from data import RATE
-from runtime import UserError, free_space, opt, options, run
+from runtime import UserError, make_folder, opt, options, run
 
 LIPS_FPS = 200  # rows of the lips' tracks a second
 LEAD = 8  # rows (40 ms) that the lips are ahead of the sound: one shapes the mouth, then speaks
@@ -478,7 +478,7 @@ class Options:
 
 def main(argv):
     cfg = options(Options, argv, __doc__)
-    free_space(cfg.out)
+    make_folder(cfg.out)
     for seed, language in enumerate(LANGUAGES):
         audio, _ = speak(seed, seed, 8, language)
         soundfile.write(Path(cfg.out, f"{language}.wav"), audio, RATE)

@@ -123,7 +123,7 @@ def run(tmp_path, tiny, expert_file, capsys, cfg, monkeypatch):
     monkeypatch.setattr(metrics, "FRECHET_RESAMPLES", 20)  # as good as 400, of two people
 
     def result(name, *more):
-        where = [f"--weights={tmp_path}", f"--out={tmp_path}/out", "--config=tiny"]
+        where = [f"--source={tmp_path}", f"--out={tmp_path}/out", "--config=tiny"]
         main = analysis.main if name in ("trajectory", "ablate") else bench.main
         main([name, *where, "--clips=2", *more])
         last = capsys.readouterr().out.splitlines()[-1]

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 import bench
-import distill
 import runtime
 from metrics import COLUMNS
 
@@ -38,25 +37,13 @@ def test_quality_ends_in_json(run):
                 assert low <= high and difference == pytest.approx(apart)
 
 
-def test_what_a_folder_lacks_is_where_its_student_had_it_from(tmp_path, tiny):
-    """From --teacher, --weights, or bundled; but never the student, which would be another
-    teacher's."""
-    (tmp_path / "mine").mkdir()
+def test_what_a_folder_lacks_is_taken_from_the_bundled_ones(tmp_path):
+    """But never the student, which would be another teacher's."""
+    options = bench.Options(source=str(tmp_path))
     for name in ("teacher", "judge"):
-        (tmp_path / f"mine/{name}.pt").touch()
-    options = bench.Options(weights=str(tmp_path))
-    mine = tmp_path / "mine"
-    for teacher, weights, expected in (
-        (f"{mine}/teacher.pt", "", "mine"),
-        ("", str(mine), "mine"),
-        ("", "", "small"),
-    ):
-        cfg = distill.Config(teacher=teacher, weights=weights)
-        runtime.save_net(tmp_path / "student.pt", tiny, stage="student", **distill.remembered(cfg))
-        for name, folder in (("teacher", expected), ("judge", expected), ("syncnet", "small")):
-            assert bench.checkpoint(options, name).parent.name == folder
-    (tmp_path / "student.pt").rename(tmp_path / "teacher.pt")
-    assert bench.checkpoint(options, "teacher").parent == tmp_path
+        assert bench.checkpoint(options, name) == runtime.BUNDLED / f"small/{name}.pt"
+        (tmp_path / f"{name}.pt").touch()
+        assert bench.checkpoint(options, name).parent == tmp_path
     with pytest.raises(runtime.UserError, match="no student.pt"):
         bench.checkpoint(options, "student")
 

@@ -79,15 +79,20 @@ def test_a_training_goes_on_on_another_device(tiny, cfg, tmp_path, first, then):
         adam = runtime.adam_w([net.final_layer.weight, net.pos_embed], 1e-3, betas=(0.9, 0.98))
         return dict(net=net, muon=muon, adam=adam)
 
+    def training(parts, device):
+        return runtime.Training(cfg, "teacher", 9, parts, device, dict)
+
     def step(net, muon, adam):
         for p in net.parameters():
             p.grad = p.detach().cos()
         runtime.optimizer_step(net, {muon: 0.02, adam: 1e-3})
 
     here, there = make(first), make(then)
+    run = training(here, first)
+    next(iter(run))
     step(**here)
-    runtime.save_resume(cfg, "teacher", 1, here)
-    assert runtime.load_resume(cfg, "teacher", there) == 2
+    run.save()
+    assert training(there, then).first == 2
     step(**here)
     step(**there)
     for a, b in zip(here["net"].parameters(), there["net"].parameters()):

@@ -61,10 +61,10 @@ def test_a_toy_student_moves_to_the_teacher():
 
 
 @pytest.mark.parametrize("where", ["on 01110", "off 00000", "all 11111", "reversed 10001"])
-def test_the_teacher_is_guided_exactly_inside_the_window(cfg, where):
+def test_the_teacher_is_guided_exactly_inside_the_band(cfg, where):
     """How much each sample then is: test_sample.py."""
     switch, inside = where.split()
-    cfg = dataclasses.replace(cfg, sync_window=switch)
+    cfg = dataclasses.replace(cfg, guidance_band=switch)
     t = torch.tensor([[0.5555], [0.5556], [0.7], [0.8823], [0.8824]])  # .55556 to .88235
     assert teacher_guidance(t, cfg).tolist() == [(1, cfg.guidance_scale)[int(i)] for i in inside]
 
@@ -140,10 +140,10 @@ def test_compiled_training_is_the_same(train, stage, student_file, tmp_path, flo
     assert counter.frame_count == 1  # one graph, no break
 
 
-def stopping(cfg, stage, step, parts, save=runtime.save_resume):
+def stopping(run, save=runtime.Training.save):
     """Stops the run after two steps."""
-    save(cfg, stage, step, parts)
-    if step == 2:
+    save(run)
+    if run.step == 2:
         raise KeyboardInterrupt
 
 
@@ -155,7 +155,7 @@ def test_a_stopped_stage_goes_on_to_the_same_end(train, clips, stage, tmp_path, 
     whole = train(stage, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "SAVE_SECONDS", -1)  # after every step
-        patch.setattr(runtime, "save_resume", stopping)
+        patch.setattr(runtime.Training, "save", stopping)
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         with pytest.raises(KeyboardInterrupt):
             train(stage, tmp_path / "halves")
@@ -182,36 +182,34 @@ def test_the_log_keeps_the_last_of_a_step(tmp_path):
     rows = [dict(stage="init", step=step, loss=step) for step in (1, 2, 3)]
     rows += [dict(stage="teacher", step=9), dict(stage="init", step=2, loss=7)]  # gone on after 1
     lines = [json.dumps(row) for row in rows]
-    lines.insert(1, '{"stage": "in')  # broken off
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     stages = runtime.read_log(tmp_path / "log.jsonl")
     assert [row["loss"] for row in stages["init"]] == [1, 7] and len(stages["teacher"]) == 1
 
 
-def test_log_and_curves_on_a_full_disk(train, cfg, tmp_path):
+def test_a_checkpoint_on_a_full_disk(tmp_path):
     """What was saved before stays whole, and nothing half-written is left."""
     resource = pytest.importorskip("resource")
-    out = tmp_path / "out"
-    train("init", out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert set(before) == {"log.jsonl", "curves.png"}
+    path = tmp_path / "a.pt"
+    runtime.save(path, kind="x")
+    before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["log.jsonl"]) + 20, limits[1]))
-        with pytest.raises(
-            runtime.UserError, match="log.jsonl: could not be written.*; make room$"
-        ):
-            train("init", out)
-        with pytest.raises(runtime.UserError, match="curves.png: could not be saved.*; make room$"):
-            runtime.draw_curves(dataclasses.replace(cfg, out=str(out)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(runtime.UserError, match="a.pt: could not be saved.*; make room$"):
+            runtime.save(path, kind="x", much=torch.zeros(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == before
 
 
 def test_a_steps_random_numbers_are_its_own():
-    seeds = [runtime.step_seed(seed, step) for seed in (0, 1) for step in (1, 2)]
-    assert len(set(seeds)) == 4 and seeds[0] == runtime.step_seed(0, 1)
+    """No two of them, whatever the seeds: (0, the third stage) is not (1, the second)."""
+    seeds = set()
+    for seed in (0, 1, 2):
+        for stage in ("teacher", "init", "student", "exit"):
+            seeds |= {runtime.step_seed(seed, stage, step) for step in (1, 2)}
+    assert len(seeds) == 3 * 4 * 2 and runtime.step_seed(0, "init", 1) in seeds
 
 
 def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
@@ -221,7 +219,7 @@ def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
 
     def job(*more):
         distill.main([*argv, *more])
-        said = capsys.readouterr().out
+        said = "".join(capsys.readouterr())
         return said, {line.split()[0] for line in said.splitlines() if " step " in line}
 
     stages = {"judge", "syncnet", "teacher", "init", "student"}
@@ -235,74 +233,46 @@ def test_the_whole_job_then_again_then_anew(cfg, capsys, tmp_path, monkeypatch):
     said, trained = job("--beta", ".5")
     assert not trained
     for name in stages:
-        line = (
-            f"{name}: {tmp_path}/{name}.pt, made with --beta 20.0 (--fresh makes everything anew)"
-        )
-        assert said.splitlines().count(line) == 1
-    state = torch.load(tmp_path / "init.pt", weights_only=True)
-    torch.save(state | dict(source_hash="another"), tmp_path / "init.pt")
-    said, trained = job("--stage", "init")
-    assert not trained and "made with" not in said
-    warning = "comes from another faces.py, voices.py or data.py; --fresh makes everything anew"
-    assert said.count(warning) == said.count(f"init: {tmp_path}/init.pt {warning}") == 1
-    del state["source_hash"]  # as one of before
-    torch.save(state, tmp_path / "init.pt")
-    said, trained = job("--stage", "init")
-    assert not trained and warning not in said
+        assert said.count(f"{name}: {tmp_path}/{name}.pt\n") == 1
     said, trained = job("--fresh", "--stage", "teacher")
     assert trained == {"judge", "syncnet", "teacher"}
     for name in ("init", "student"):  # which the former teacher's were
-        assert said.count(f"{name}: {tmp_path}/{name}.pt was made from the former") == 1
+        assert said.count(f"{name}: {tmp_path}/{name}.pt was made from a former teacher") == 1
         assert not (tmp_path / f"{name}.pt").exists()
+    other = "--source", str(tmp_path), "--out", f"{tmp_path}/b"
     with pytest.raises(runtime.UserError, match="width is 96 there and 48 here"):
-        job("--teacher", str(tmp_path / "teacher.pt"), "--width", "48", "--out", f"{tmp_path}/b")
+        job(*other, "--width", "48")
+    said, trained = job(*other, "--stage", "init")
+    assert trained == {"init"} and f"teacher: {tmp_path}/teacher.pt\n" in said
 
 
-def test_which_results_are_taken(cfg, tmp_path, capsys):
-    weights, out, elsewhere = tmp_path / "weights", tmp_path / "out", tmp_path / "elsewhere"
-    cfg = dataclasses.replace(cfg, out=str(out), weights=str(weights))
-    other = elsewhere / "teacher.pt"
+def test_which_results_are_taken(cfg, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    cfg = dataclasses.replace(cfg, out=str(out), source=str(source))
 
-    def put(path, kind="dit"):
-        runtime.save(path, kind=kind, options=dict(beta=cfg.beta, out="before"))
+    def taken(**fields):
+        return distill.find_made(dataclasses.replace(cfg, **fields), "teacher", cfg.source)
 
-    def taken(stage, bundled=False, **fields):
-        path = runtime.result(stage, dataclasses.replace(cfg, **fields), bundled)
-        said = capsys.readouterr().out
-        line = f"{stage}: {path} (--fresh makes everything anew)\n"
-        assert said == ("" if path is None else line)
-        return path
+    def put(folder):
+        folder.mkdir()
+        (folder / "teacher.pt").touch()
 
-    runtime.free_space(out)
-    assert taken("teacher", bundled=True) is None
-    put(weights / "teacher.pt")
-    put(weights / "judge.pt", "syncnet")
-    put(other)
-    assert taken("teacher", bundled=True) == weights / "teacher.pt"
-    assert taken("teacher", bundled=True, weights="") is None
-    assert taken("teacher") is None and taken("init") is None
-    assert taken("judge", bundled=True, teacher=str(other)) == weights / "judge.pt"
-    put(elsewhere / "judge.pt", "syncnet")  # beside --teacher
-    assert taken("judge", bundled=True, teacher=str(other)) == elsewhere / "judge.pt"
-    assert taken("judge", bundled=True) == weights / "judge.pt"
-    for stage, kind in (("teacher", "dit"), ("judge", "syncnet")):
-        put(out / f"{stage}.pt", kind)
-        assert taken(stage, bundled=True) == out / f"{stage}.pt"
-    assert taken("judge", bundled=True, teacher=str(other)) == out / "judge.pt"
-    # --teacher before all others; else a training that was stopped goes on, and not after --fresh.
+    assert taken() is None
+    put(source)
+    assert taken() == source / "teacher.pt" and taken(fresh=True) is None
+    put(out)
+    assert taken() == out / "teacher.pt"
+    # A training that was stopped goes on, and not after --fresh.
     resume = runtime.resume_path(cfg, "teacher")
     resume.touch()
-    assert taken("teacher", bundled=True, teacher=str(other)) == other
-    assert taken("teacher", bundled=True) is None and resume.exists()
-    assert taken("teacher", bundled=True, fresh=True) is None and not resume.exists()
-    assert taken("judge", bundled=True, fresh=True) is None
-    assert taken("teacher", bundled=True, fresh=True, teacher=str(other)) == other
+    assert taken() is None and resume.exists()
+    assert taken(fresh=True) is None and not resume.exists()
 
 
 def test_the_preset_small_says_where_the_bundled_weights_are():
-    folder = runtime.options(distill.Config, ["--config=small"], "", distill.PRESETS).weights
+    folder = runtime.options(distill.Config, ["--config=small"], "", distill.PRESETS).source
     assert all(Path(folder, f"{name}.pt").is_file() for name in ("judge", "syncnet", "teacher"))
-    assert runtime.options(distill.Config, [], "", distill.PRESETS).weights == ""
+    assert runtime.options(distill.Config, [], "", distill.PRESETS).source == ""
 
 
 @pytest.mark.parametrize("precision, close", [("bfloat16", 0.0), ("float32", 0.05)])

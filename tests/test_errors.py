@@ -1,6 +1,5 @@
 """Wrong input: one line that says what is wrong, exit code 2, nothing half-written."""
 
-import dataclasses
 import importlib
 import os
 import subprocess
@@ -11,14 +10,10 @@ import pytest
 import soundfile
 import torch
 
-import analysis
-import bench
 import data
-import distill
 import faces
 import media
 import runtime
-import sample
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +30,11 @@ def files(tmp_path_factory, student_file, expert_file):
     soundfile.write(d / "nan.wav", np.full(16000, np.nan), data.RATE, subtype="FLOAT")
     (d / "broken.mp4").write_bytes((d / "good.mp4").read_bytes()[:900])
     (d / "dir.mp4").mkdir()
-    os.mkfifo(d / "pipe.mp4")
     (d / "text.pt").write_text("not a checkpoint")
     torch.save(dict(model={}), d / "other.pt")
     student = torch.load(student_file, weights_only=True)
     torch.save(dict(student, stage="teacher"), d / "teacher.pt")
-    student["model_config"]["width"] = 48
+    student["config"]["width"] = 48
     torch.save(student, d / "shape.pt")
     named = dict(student=student_file, expert=expert_file, out=d / "x/dub.mp4", folder=d)
     return named | {p.name: p for p in d.iterdir()} | dict(missing=d / "no")
@@ -56,7 +50,6 @@ sample --video good.mp4 --audio nan.wav --out out --weights student: NaN
 sample --video good.mp4 --out good.mp4 --weights student: choose another name
 sample --video good.mp4 --out empty.wav --weights student: ends in .mp4
 sample --video good.mp4 --out dir.mp4 --weights student: write to a file
-sample --video good.mp4 --out pipe.mp4 --weights student: not a file
 sample --video https://host/a.mp4 --out out --weights student: download it first
 sample --video good.mp4 --audio https://host/a.wav --out out --weights student: download it first
 sample --video good.mp4 --out out --weights student --box 10,10,40: not inside the picture
@@ -76,16 +69,14 @@ sample --device abacus: --device abacus
 sample --device meta: choose cuda, mps or cpu
 faces --out /dev/null/x: cannot be written
 sample --seed 18446744073709551616: choose a number from 0 to 4294967295
-distill --sync_first 40 --sync_last 20: --sync_first 40: choose less than --sync_last 20
 distill --band-first 30: unrecognized arguments: --band-first
 distill --init_steps 0: --init_steps 0: choose a number from 1 to 4294967295
 distill --teacher_lr -1: --teacher_lr -1.0: choose a number from 0 to 1
 distill --chunk 12: --chunk 12: choose a number from 1 to 10
-distill --latents 10: --latents 10: choose a multiple of --chunk 3, at most 24
-distill --start missing: no such file
-distill --folder missing: no mp4 there
-distill --teacher student: cannot teach
-bench quality --out folder --weights missing: no such folder
+distill --start missing: no such file or folder
+distill --folder missing: no such file or folder
+distill --source missing: no such file or folder
+bench quality --out folder --source missing --config tiny: no judge.pt
 analysis ablate --out folder --only love,lending: no such row
 """
 
@@ -104,62 +95,6 @@ def test_one_line_and_exit_code_2(case, files, capsys, monkeypatch, tmp_path):
     assert told[:-1] == [] or script in ("bench", "analysis")  # which say what files they take
     assert {p: p.stat().st_mtime for p in tmp_path.parent.rglob("*.mp4")} == before
     assert not list(tmp_path.parent.rglob("*.writing*"))
-
-
-@pytest.mark.parametrize("script", [analysis, bench, distill, sample])
-def test_every_number_has_a_range(script):
-    """All that lies in it is taken, and nothing else."""
-    options = getattr(script, "Options", distill.Config)
-    numbers = [field for field in dataclasses.fields(options) if field.type in (int, float)]
-    assert numbers
-    for field in numbers:
-        flag = f"--{field.name}"
-        least, most = field.metadata["least"], field.metadata["most"]
-        for value in (least, most):
-            given = runtime.options(options, [f"{flag}={value}"], "")
-            assert getattr(given, field.name) == value
-        others = [least - 1, most + 1, -(2**64), 2**64]
-        if field.type is float:
-            others += ["nan", "inf", "-inf", least - 1e-9]
-        for value in others:
-            said = f"^{flag} .*: choose a number from {least} to {most}$"
-            with pytest.raises(runtime.UserError, match=said):
-                runtime.options(options, [f"{flag}={value}"], "")
-
-
-@pytest.mark.parametrize(
-    "given", ["clips=5000000", "batch=10000000", "dmd_batch=10000000", "width=49152"]
-)
-def test_what_no_memory_holds_is_refused_at_once(given, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "total_memory", lambda device: 10**12)
-    said = f"^--{given.replace('=', ' ')}.* needs more than .* GB .*; cpu has 1000; choose less$"
-    with pytest.raises(runtime.UserError, match=said):
-        distill.main([f"--{given}", f"--out={tmp_path}/out", "--device=cpu"])
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
-
-
-def test_too_little_disk(tmp_path, monkeypatch):
-    full = type("Usage", (), dict(free=4096))
-    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda folder: full)
-    with pytest.raises(runtime.UserError, match="0 MB free"):
-        media.write_video(tmp_path / "x.mp4", (32, 32)).__enter__()
-    with pytest.raises(runtime.UserError, match="0 MB free"):
-        runtime.save(tmp_path / "x.pt")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_link_is_written_through(tmp_path):
-    (tmp_path / "there").mkdir()
-    for name in ("a.mp4", "a.pt"):
-        (tmp_path / name).symlink_to(f"there/{name}")
-    for _ in range(2):  # what it points to is missing, then there
-        with media.write_video(tmp_path / "a.mp4", (32, 32)) as put:
-            put(np.zeros((32, 32, 3), np.uint8))
-        runtime.save(tmp_path / "a.pt", kind="x")
-    assert (tmp_path / "a.mp4").is_symlink() and (tmp_path / "a.pt").is_symlink()
-    assert len(list(media.read_video(tmp_path / "there/a.mp4"))) == 1
-    assert runtime.load(tmp_path / "there/a.pt", "x")
-    assert len(list(tmp_path.rglob("*"))) == 5
 
 
 def test_output_that_cannot_show_a_sign_shows_another(tmp_path):
