@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,7 +24,7 @@ from data import mouth_rectangle
 from flow import STEPS, add_noise, euler_guesses, grid_time, guided, seeded
 from metrics import COLUMNS, beyond_chance, compare, evaluate, summarize, table
 from model import DiT
-from runtime import UserError, opt
+from runtime import UserError
 from stream import dub_student, embed_clip, to_frames
 from syncnet import SyncNet
 
@@ -83,12 +84,9 @@ PAPER = {  # Sync-C and FVD of the same change there
 
 @dataclasses.dataclass
 class Options(CommonOptions):
-    config: str = opt("small", "the preset", ("tiny", "small"))
-    only: str = opt(
-        "",
-        "words, a comma between: only rows of ablate whose name holds one, and the first row",
-    )
-    seeds: int = opt(3, "trainings of each row of ablate", most=100)
+    config: Literal["tiny", "small"] = "small"  # the preset
+    only: str = ""  # words, a comma between: rows of ablate that hold one, and the first row
+    seeds: int = 3  # trainings of each row of ablate
 
 
 class Walks:

@@ -14,6 +14,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -32,7 +33,7 @@ from faces import SPLITS, dub_pair, render_clip
 from flow import STEPS
 from metrics import COLUMNS, beyond_chance, compare, evaluate, summarize, table
 from model import DiT
-from runtime import UserError, opt
+from runtime import Precision, UserError
 from stream import dub_stream, dub_student, dub_teacher
 from syncnet import SyncNet
 
@@ -52,23 +53,18 @@ SPEAKERS = 2500  # from this number on, held-out people whom no other bench has 
 class CommonOptions:
     """The options that bench.py and analysis.py share."""
 
-    config: str = opt("small", "the preset; 1.3B is for speed alone", ("tiny", "small", "1.3B"))
-    source: str = opt(
-        "",
-        "the folder of teacher, student and judge; weights/CONFIG if not given",
-    )
-    out: str = opt("out/bench", "the folder that figures are written to")
-    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
-    precision: str = opt("", *runtime.PRECISIONS)
-    seed: int = opt(0, "the number that random choices are drawn from", least=0)
-    clips: int = opt(
-        0, "number of people; each command has its own if not given", least=2, most=SPEAKERS
-    )
+    config: Literal["tiny", "small", "1.3B"] = "small"  # the preset; 1.3B is for speed alone
+    source: str = ""  # the folder of teacher, student and judge; weights/CONFIG if not given
+    out: str = "out/bench"  # the folder that figures are written to
+    device: str = ""  # cuda, mps or cpu; the best that there is if not given
+    precision: Precision = "auto"  # number type of matrix products; auto: the device's fastest
+    seed: int = 0  # the number that random choices are drawn from
+    clips: int = 0  # number of people; each command has its own if not given
 
 
 @dataclasses.dataclass
 class Options(CommonOptions):
-    rounds: int = opt(5, "times that speed measures each row, taking turns", most=1000)
+    rounds: int = 5  # times that speed measures each row, taking turns
 
 
 def checkpoint(cfg, name):

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from flow import (
 from model import DiT, network_of
 from runtime import (
     Muon,
+    Precision,
     Training,
     UserError,
     adam_w,
@@ -46,7 +48,6 @@ from runtime import (
     compiled,
     learning_rate,
     load_net,
-    opt,
     optimizer_step,
     step_seed,
     update_ema,
@@ -63,143 +64,69 @@ LATER = {"teacher": ("init", "student"), "init": ("student",)}  # what is made f
 
 @dataclasses.dataclass
 class Config(model.Config):
-    config: str = opt(
-        "tiny",
-        "the preset that the options start from",
-        ("tiny", "small"),
-    )
-    stage: str = opt("all", "the last stage to run", ("teacher", "init", "all"))
-    out: str = opt("", "the folder of results; out/CONFIG if not given")
-    fresh: bool = opt(False, "train every stage, even where a checkpoint is there")
-    source: str = opt(
-        "",
-        "the folder whose judge, syncnet and teacher serve where --out has none",
-    )
-    folder: str = opt("", "a folder of mp4s to train on, instead of drawn people")
-    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
-    precision: str = opt("", *runtime.PRECISIONS)
-    compile: str = opt(
-        "auto",
-        "torch.compile the training steps; auto: in long stages on a GPU",
-        ("on", "off", "auto"),
-    )
-    seed: int = opt(
-        0,
-        "the number that weights, noise and batches are drawn from",
-        least=0,
-    )
+    config: Literal["tiny", "small"] = "tiny"  # the preset that the options start from
+    stage: Literal["teacher", "init", "all"] = "all"  # the last stage to run
+    out: str = ""  # the folder of results; out/CONFIG if not given
+    source: str = ""  # the folder whose judge, syncnet and teacher serve where --out has none
+    fresh: bool = False  # train every stage, even where a checkpoint is there
+    folder: str = ""  # a folder of mp4s to train on, instead of drawn people
+    device: str = ""  # cuda, mps or cpu; the best that there is if not given
+    precision: Precision = "auto"  # number type of matrix products; auto: the device's fastest
+    compile: Literal["on", "off", "auto"] = "auto"  # torch.compile; auto: in long stages on a GPU
+    seed: int = 0  # the number that weights, noise and batches are drawn from
 
     # Data.
-    clips: int = opt(
-        700,
-        "training clips in memory; more people make a better network",
-        most=5_000_000,  # then the judge's people begin
-    )
-    latents: int = opt(
-        12,
-        "latent frames of a training sample, .16 s each (paper: 21)",
-        least=3,  # the expert judges no fewer
-        most=data.CLIP_LATENTS - 2,
-    )
-    batch: int = opt(16, "samples in a step of the teacher and of init")
+    clips: int = 400  # training clips in memory; more people make a better network
+    latents: int = 12  # latent frames of a training sample, .16 s each (paper: 21)
+    batch: int = 16  # samples in a step of the teacher and of init
 
     # The lip-sync experts and the teacher.
-    sync_steps: int = opt(500, "training steps of each of the two lip-sync experts")
-    teacher_steps: int = opt(3000, "training steps of the teacher")
-    start: str = opt("", "the checkpoint of a teacher to train on, keeping its audio encoder")
-    teacher_lr: float = opt(
-        1.5e-3, "learning rate of AdamW, for the teacher's other weights", most=1
-    )
-    muon_lr: float = opt(
-        0.02, "learning rate of Muon, for the matrices of the teacher's blocks", most=1
-    )
-    t_shift: float = opt(
-        5.0, "shift of the teacher's training times; more: nearer to noise", least=0.01
-    )
-    weight_clip: float = opt(
-        2.0,
-        "highest weight of the loss, which is 1 / t^2 below that",
-    )
-    edges: float = opt(
-        2.0,
-        "weight of differences between neighbouring pixels; more: crisper",
-    )
-    perceptual_weight: float = opt(
-        0.05, "weight of the perceptual loss in teacher and init; more: more in sync (paper: 0)"
-    )
+    sync_steps: int = 500  # training steps of the judge and of the reward expert
+    teacher_steps: int = 1200  # training steps of the teacher
+    start: str = ""  # the checkpoint of a teacher to train on, keeping its audio encoder
+    teacher_lr: float = 3e-3  # learning rate of AdamW, for the teacher's other weights
+    muon_lr: float = 0.02  # learning rate of Muon, for the matrices of the teacher's blocks
+    t_shift: float = 5.0  # shift of the teacher's training times; more: nearer to noise
+    weight_clip: float = 2.0  # highest weight of the loss, which is 1 / t^2 below that
+    edges: float = 2.0  # weight of differences between neighbouring pixels; more: crisper
+    perceptual_weight: float = 0.05  # of the perceptual loss; more: more in sync (paper: 0)
 
     # Init: diffusion forcing.
-    init_steps: int = opt(150, "training steps of init (paper: 5,000)")
-    init_lr: float = opt(2e-4, "learning rate of init (paper: 1e-5)", most=1)
+    init_steps: int = 100  # training steps of init (paper: 5,000)
+    init_lr: float = 5e-4  # learning rate of init (paper: 1e-5)
 
     # DMD.
-    dmd_steps: int = opt(
-        60,
-        "updates of the student; more: sharper, then too sharp (paper: 600)",
-    )
-    dmd_batch: int = opt(8, "clips that the student dubs in an update")
-    student_lr: float = opt(2e-5, "learning rate of the student (paper: 2e-6)", most=1)
-    critic_lr: float = opt(1e-4, "learning rate of the critic (paper: 2e-6)", most=1)
-    critic_updates: int = opt(
-        5,
-        "updates of the critic to one of the student (paper: 5)",
-    )
-    dmd_shift: float = opt(
-        1.5,
-        "shift of the times in DMD; less: sharper (paper: 5)",
-        least=0.01,
-    )
-    guidance_scale: float = opt(
-        2.0, "guidance of the teacher in DMD; more: more in sync, less real (paper: 4.5)"
-    )
-    guidance_band: str = opt(
-        "on",
-        "times at which the teacher is guided: in the band, nowhere, outside it, at all times",
-        ("on", "off", "reversed", "all"),
-    )
-    band_first: int = opt(
-        20, "step j, of 50, at which the band begins (paper: 20)", least=0, most=49
-    )
-    band_last: int = opt(
-        40,
-        "step j, of 50, at which the window ends (paper: 40)",
-        most=50,
-    )
-    beta: float = opt(
-        20.0,
-        "strength of the reward: a clip weighs exp(beta Sync-C); 0: none (the paper's 2, on its"
-        " scale of Sync-C, is 20 here)",
-        most=100,  # exp of more may be infinite
-    )
+    dmd_steps: int = 45  # updates of the student; more: sharper, then too sharp (paper: 600)
+    dmd_batch: int = 8  # clips that the student dubs in an update
+    student_lr: float = 1e-4  # learning rate of the student (paper: 2e-6)
+    critic_lr: float = 2e-4  # learning rate of the critic (paper: 2e-6)
+    critic_updates: int = 5  # updates of the critic to one of the student (paper: 5)
+    dmd_shift: float = 1.5  # shift of the times in DMD; less: sharper (paper: 5)
+    guidance_scale: float = 2.0  # of the teacher in DMD; more: in sync, less real (paper: 4.5)
+    # Where the teacher is guided: in the band, nowhere, outside it, at all times.
+    guidance_band: Literal["on", "off", "reversed", "all"] = "on"
+    band_first: int = 20  # step j, of 50, at which the band begins (paper: 20)
+    band_last: int = 40  # step j, of 50, at which the band ends (paper: 40)
+    beta: float = 20.0  # a clip weighs exp(beta Sync-C), on whose scale the paper's 2 is 20 here
 
 
 PRESETS = {
-    "tiny": dict(
-        size=32,
-        width=96,
-        heads=3,
-        clips=400,
-        teacher_steps=1200,
-        teacher_lr=3e-3,
-        init_steps=100,
-        init_lr=5e-4,
-        dmd_steps=45,
-        student_lr=1e-4,
-        critic_lr=2e-4,
-    ),
+    "tiny": {},  # the defaults
     "small": dict(
-        source=str(runtime.BUNDLED / "small"),
         size=128,
+        width=256,
         depth=6,
+        heads=4,
+        source=str(runtime.BUNDLED / "small"),
         clips=300,
         sync_steps=700,
         teacher_steps=7400,
+        teacher_lr=1.5e-3,
         t_shift=3.5,
         weight_clip=4.0,
         init_steps=60,
+        init_lr=2e-4,
         dmd_steps=80,
-        student_lr=1e-4,
-        critic_lr=2e-4,
     ),
 }
 

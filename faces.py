@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from data import FPS, log_mel, mouth_mask
 from media import write_video
-from runtime import make_folder, opt, options, run
+from runtime import make_folder, options, run
 from voices import LIPS_FPS, speak
 
 # Nobody is in two of these: the judge has never seen the people that anything else is trained on,
@@ -318,7 +318,7 @@ def make_pairs(n, size, split, device, latents=24):
 
 @dataclasses.dataclass
 class Options:
-    out: str = opt("out/faces", "the folder that pictures are written to")
+    out: str = "out/faces"  # the folder that pictures are written to
 
 
 def main(argv):

@@ -36,7 +36,7 @@ from data import AUDIO_AHEAD, FPS, HOP, MEL_REACH, RATE, middle, mouth_mask, to_
 from faces import SPLITS, render_clip
 from flow import STEPS, euler
 from model import DiT, attention_window
-from runtime import UserError, autocast, find_weights, load_net, opt
+from runtime import Precision, UserError, autocast, find_weights, load_net
 from sample import FACE_SECONDS
 from stream import Streamer, chunk_mel, to_frames
 
@@ -436,14 +436,12 @@ class Server(ThreadingHTTPServer):
 
 @dataclasses.dataclass
 class Options:
-    weights: str = opt("", "the checkpoint of a student; the bundled one if not given")
-    teacher: str = opt("", "the checkpoint of a teacher; the bundled one if not given")
-    port: int = opt(8000, "the number of the port; 0: any that is free", least=0, most=65535)
-    host: str = opt(
-        "127.0.0.1", "the address to listen at; another than this machine's lets others in"
-    )
-    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
-    precision: str = opt("", *runtime.PRECISIONS)
+    weights: str = ""  # the checkpoint of a student; the bundled one if not given
+    teacher: str = ""  # the checkpoint of a teacher; the bundled one if not given
+    port: int = 8000  # the number of the port; 0: any that is free
+    host: str = "127.0.0.1"  # the address to listen at; another one lets other machines in
+    device: str = ""  # cuda, mps or cpu; the best that there is if not given
+    precision: Precision = "auto"  # number type of matrix products; auto: the device's fastest
 
 
 def serve(cfg):

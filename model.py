@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from data import (
     AUDIO_AHEAD,
     AUDIO_BACK,
-    CLIP_LATENTS,
     MELS,
     mouth_mask,
     mouth_rectangle,
     to_tokens,
 )
-from runtime import fast_dtype, opt
+from runtime import fast_dtype
 
 PATCH_FEATURES = 128  # values that a patch of the conditions comes down to
 AUDIO_FEATURES = 128  # values of the sound of a video frame
@@ -34,44 +33,16 @@ MAX_LATENTS = 256  # of the RoPE table, unless sink + window, which a stream nee
 
 @dataclasses.dataclass
 class Config:
-    size: int = opt(
-        64,
-        "side of the square picture in pixels (paper: 512)",
-        least=16,
-        most=4096,
-    )
-    patch: int = opt(
-        8,
-        "side of a token's square in pixels; less: finer and slower",
-        least=4,
-    )
-    width: int = opt(
-        256,
-        "D, the number of values that a token carries",
-        least=8,
-        most=65536,
-    )
-    depth: int = opt(4, "number of transformer blocks", most=1000)
-    heads: int = opt(4, "number of attention heads")
-    chunk: int = opt(
-        3,
-        "latent frames that are generated at a time; more: later (paper: 3)",
-        most=CLIP_LATENTS // 3,  # else a training clip has no room for it and two references
-    )
-    sink: int = opt(
-        1, "first latent frames of a video, attended to for ever (paper: 1)", least=0, most=1000
-    )
-    window: int = opt(
-        6, "latest latent frames attended to, with the chunk's own (paper: 6)", most=1000
-    )
-    num_steps: int = opt(
-        2,
-        "denoising steps of the student for a chunk (paper: 2)",
-        most=50,
-    )
-    landing: int = opt(
-        40, "step j, of 50, at which the student's last step begins (paper: 30)", most=49
-    )
+    size: int = 32  # side of the square picture in pixels (paper: 512)
+    patch: int = 8  # side of a token's square in pixels; less: finer and slower
+    width: int = 96  # D, the number of values that a token carries
+    depth: int = 4  # number of transformer blocks
+    heads: int = 3  # number of attention heads
+    chunk: int = 3  # latent frames that are generated at a time; more: later (paper: 3)
+    sink: int = 1  # first latent frames of a video, attended to for ever (paper: 1)
+    window: int = 6  # latest latent frames attended to, with the chunk's own (paper: 6)
+    num_steps: int = 2  # denoising steps of the student for a chunk (paper: 2)
+    landing: int = 40  # step j, of 50, at which the student's last step begins (paper: 30)
 
 
 def grid(cfg):

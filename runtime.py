@@ -11,20 +11,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 from torch.nn.utils import clip_grad_norm_
 
 BUNDLED = Path(__file__).parent / "weights"
-# The help and the choices of an option.
-PRECISIONS = (
-    "number type of matrix products; the device's fastest if not given",
-    ("float32", "bfloat16"),
-)
-precision = ""  # what --precision says, for the whole process; "": what the device does fast
-# The lowest and the highest that a number among the options may be, unless the option says another.
-RANGES = {int: (1, 2**32 - 1), float: (0, 1000)}
+Precision = Literal["auto", "float32", "bfloat16"]
+precision = "auto"  # what --precision says, for the whole process; auto: what the device does fast
 # Options that change a result by rounding at most.
 WHERE = "stage", "out", "fresh", "device", "precision", "compile"
 SAVE_SECONDS = 30  # between two states of a training that a stopped run goes on from
@@ -34,56 +30,17 @@ class UserError(Exception):
     """An error that the user can fix. Printed as one line; exit code 2."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        if "expected one argument" in message:
-            message += " (one that begins with - is given after =, as in --box=-1,0,64)"
-        raise UserError(f"{message}; --help lists the options")
-
-
-def opt(default, help="", choices=None, least=None, most=None):
-    """A dataclass field that is an option. `least` and `most` are the lowest and the highest number
-    that it may be, where RANGES does not fit."""
-    lowest, highest = RANGES.get(type(default), (None, None))
-    least = lowest if least is None else least
-    most = highest if most is None else most
-    metadata = dict(help=help, choices=choices, least=least, most=most)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 def options(cls, argv, usage, presets={}):
-    """Command line -> cls, a dataclass whose fields are the options (`--beta 0`). With presets,
-    {name: fields}, `--config NAME` picks one first."""
-    parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(cls):
-        flag = f"--{field.name}"
-        defaults = []
-        if field.default != "" and field.type is not bool:
-            defaults.append(str(field.default))
-        for preset, fields in presets.items():
-            if field.name in fields:
-                defaults.append(f"{fields[field.name]} in {preset}")
-        text = field.metadata["help"]
-        if defaults:
-            text += f" (default {', '.join(defaults)})"
-        text = text.replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            choices = field.metadata["choices"]
-            parser.add_argument(
-                flag, type=field.type, choices=choices, default=argparse.SUPPRESS, help=text
-            )
-    given = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(cls):
-        if field.type in RANGES and field.name in given:
-            value = given[field.name]
-            least = field.metadata["least"]
-            most = field.metadata["most"]
-            if not least <= value <= most:  # which NaN is not, either
-                raise UserError(f"--{field.name} {value}: choose a number from {least} to {most}")
-    preset = presets[given.get("config", cls.config)] if presets else {}
-    return cls(**preset | given)
+    """Command line -> cls, a dataclass whose fields are the options (`--beta 0`) and the comments
+    beside them their help. With presets, {name: fields}, `--config NAME` picks the defaults."""
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--config")
+    chosen, _ = chooser.parse_known_args(argv)
+    default = cls(**presets.get(chosen.config, {}))
+    style = (tyro.conf.FlagCreatePairsOff,)  # --fresh, and no --no-fresh
+    return tyro.cli(
+        cls, args=argv, default=default, description=usage, use_underscores=True, config=style
+    )
 
 
 def stop(number, frame):
@@ -115,11 +72,11 @@ def run(main):
         sys.exit(130)
 
 
-def find_device(name="", dtype=""):
+def find_device(name="", dtype="auto"):
     """The named device, or the best there is. `dtype` is what --precision says: from here on it
     is what the whole process multiplies in."""
     global precision
-    if dtype:
+    if dtype != "auto":
         precision = dtype
     if not name:
         if torch.cuda.is_available():
@@ -143,7 +100,7 @@ def fast_dtype(device):
     """What --precision says, else what the device multiplies fastest: bf16 on recent GPUs and on
     CPUs with AVX-512 BF16 or AMX, else float32 (a CPU with AVX2 alone needs 150 times as long for
     bf16)."""
-    if precision:
+    if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()

@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+from typing import Literal
 
 import torch
 
@@ -27,7 +28,7 @@ from data import FPS, RATE, mouth_mask
 from faces import SPLITS, dub_pair, render_clip
 from media import parse_box, paste_box, square
 from model import DiT, has_kernel
-from runtime import UserError, find_weights, opt
+from runtime import Precision, UserError, find_weights
 from stream import dub_stream
 
 FACE_SECONDS = 8  # of a drawn person, played back and forth
@@ -104,36 +105,19 @@ def dub_file(dub, size, cfg, audio):
 
 @dataclasses.dataclass
 class Options:
-    video: str = opt("", "the recording to dub; a drawn person if not given")
-    audio: str = opt("", "the sound to dub it with; the video's own if not given")
-    text: str = opt("", "the words to dub it with, said by eSpeak NG")
-    voice: str = opt(
-        "en-us", "the eSpeak voice of --text: a language, or one with a variant, de+f4"
-    )
-    face: int = opt(
-        3,
-        "the number of the drawn person, if there is no --video",
-        least=0,
-    )
-    out: str = opt(
-        "out/dub.mp4",
-        "the dubbed video; - for raw RGB frames on standard output",
-    )
-    box: str = opt(
-        "",
-        "X,Y,SIDE of the face in pixels; the centred square if not given",
-    )
-    weights: str = opt("", "the checkpoint of a student; the bundled one if not given")
-    device: str = opt("", "cuda, mps or cpu; the best that there is if not given")
-    precision: str = opt("", *runtime.PRECISIONS)
-    seed: int = opt(0, "the number that the noise is drawn from", least=0)
-    attention: str = opt(
-        "auto", "the stream's attention; auto: by kernels.py on NVIDIA's GPUs", ("auto", "dense")
-    )
-    cuda_graph: bool = opt(
-        False,
-        "replay each chunk as one CUDA graph; needs an NVIDIA GPU",
-    )
+    video: str = ""  # the recording to dub; a drawn person if not given
+    audio: str = ""  # the sound to dub it with; the video's own if not given
+    text: str = ""  # the words to dub it with, said by eSpeak NG
+    voice: str = "en-us"  # the eSpeak voice of --text: a language, or one with a variant, de+f4
+    face: int = 3  # the number of the drawn person, if there is no --video
+    out: str = "out/dub.mp4"  # the dubbed video; - for raw RGB frames on standard output
+    box: str = ""  # X,Y,SIDE of the face in pixels; the centred square if not given
+    weights: str = ""  # the checkpoint of a student; the bundled one if not given
+    device: str = ""  # cuda, mps or cpu; the best that there is if not given
+    precision: Precision = "auto"  # number type of matrix products; auto: the device's fastest
+    seed: int = 0  # the number that the noise is drawn from
+    attention: Literal["auto", "dense"] = "auto"  # in the stream; auto: kernels.py on NVIDIA
+    cuda_graph: bool = False  # replay each chunk as one CUDA graph; needs an NVIDIA GPU
 
 
 def main(argv):

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 
 from data import RATE
-from runtime import UserError, make_folder, opt, options, run
+from runtime import UserError, make_folder, options, run
 
 LIPS_FPS = 200  # rows of the lips' tracks a second
 LEAD = 8  # rows (40 ms) that the lips are ahead of the sound: one shapes the mouth, then speaks
@@ -473,7 +473,7 @@ def read_phones(aligned):
 
 @dataclasses.dataclass
 class Options:
-    out: str = opt("out/voices", "the folder that sounds are written to")
+    out: str = "out/voices"  # the folder that sounds are written to
 
 
 def main(argv):

@@ -24,7 +24,7 @@ import runtime
 import syncnet
 
 CPU = torch.device("cpu")
-runtime.precision = os.environ.get("PRECISION", "")
+runtime.precision = os.environ.get("PRECISION", "auto")
 
 
 @pytest.fixture(autouse=True)
