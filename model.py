@@ -230,10 +230,10 @@ class Block(nn.Module):
         # gate, twice. Gates start half open; shut, as is usual, costs time a short run has not.
         self.modulation = nn.Parameter(torch.tensor([[0, 0, 0.5] * 2]).T.repeat(1, D))
 
-    def forward(self, x, mod, audio, rope, causal=None, cache=None, store=False):
-        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D) -> x. causal: the Config that says
-        which latent frames a chunk sees; None: all. cache, store: see DiT.forward; with `store` the
-        last block returns None, since nobody reads what it would make."""
+    def forward(self, x, mod, audio, rope, causal_cfg=None, cache=None, store=False):
+        """x (B, L, N, D); mod (B, L or 1, 6, D); audio (B, L, D) -> x. causal_cfg: the Config that
+        says which latent frames a chunk sees; None: all. cache, store: see DiT.forward; with
+        `store` the last block returns None, since nobody reads what it would make."""
         B, L, N, D = x.shape
         mod = (mod + self.modulation)[:, :, None]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mod.unbind(3)  # each B L 1 D
@@ -246,13 +246,13 @@ class Block(nn.Module):
             cache.update(self.layer, qk_norm(k, self.k_scale), v)
             if self.is_last:
                 return None
-        y = self.attention(q, k, v, rope, causal, cache)
+        y = self.attention(q, k, v, rope, causal_cfg, cache)
         x = torch.addcmul(x, gate, self.out(y.transpose(1, 2).reshape(B, L, N, D)))
 
         y = torch.addcmul(mlp_shift, F.layer_norm(x, (D,)), mlp_scale)
         return torch.addcmul(x, mlp_gate, self.down(F.silu(self.up(y))))
 
-    def attention(self, q, k, v, rope, causal=None, cache=None):
+    def attention(self, q, k, v, rope, causal_cfg=None, cache=None):
         """QK-norm, RoPE and attention; q, k, v and what comes out (B, h, L N, d). With a cache the
         stream's; else a whole clip's, causal or not."""
         if cache is not None and cache.fused:
@@ -265,8 +265,8 @@ class Block(nn.Module):
         k = qk_norm(k, self.k_scale)
         if cache is not None:
             return attend_cached(q, k, v, rope, cache, self.layer)
-        if causal:
-            return attend_chunks(q, k, v, rope, causal)
+        if causal_cfg:
+            return attend_chunks(q, k, v, rope, causal_cfg)
         return attend_all(q, k, v, rope)
 
 
@@ -396,10 +396,10 @@ class DiT(nn.Module):
         chunk, and with `store` it is finished (t = 0): its keys are kept, nothing is returned."""
         mod = self.modulation(t)
         x = self.x_embedder(self.cast(x_t)) + cond.tokens
-        whose_chunks = self.cfg if causal else None
+        causal_cfg = self.cfg if causal else None
         for layer, block in enumerate(self.blocks):
             audio = cond.audio[:, :, layer]
-            x = block(x, mod[:, :, :6], audio, self.rope, whose_chunks, cache, store)
+            x = block(x, mod[:, :, :6], audio, self.rope, causal_cfg, cache, store)
         if store:
             return None
         return self.to_x0(x, mod[:, :, 6:], cond.masked_source)

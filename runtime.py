@@ -1,4 +1,4 @@
-"""What the scripts run on: options, devices, optimizers, checkpoints, logs."""
+"""What the scripts run on: options, devices, optimizers, checkpoints, and the training loop."""
 
 import argparse
 import ctypes
@@ -50,7 +50,8 @@ def stop(number, frame):
 
 
 def run(main):
-    """Run a script's main: a UserError is one line on stderr and exit code 2."""
+    """Run a script's main: a UserError, and what the system refuses (a disk that is full, a GPU
+    without memory), is one line on stderr and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):  # neither closed nor a notebook's
         sys.stdout.reconfigure(errors="replace")  # what it cannot show, such as ± in ASCII, is ?
     for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -60,12 +61,8 @@ def run(main):
         main(sys.argv[1:])
     except BrokenPipeError:  # whoever read our frames has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as e:
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        advice = "use fewer --clips, or a smaller --batch and --dmd_batch"
-        print(f"error: out of GPU memory; {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -149,7 +146,7 @@ def compiled(function, switch, device, steps):
 
 
 def keep_memory():
-    """Let glibc keep freed memory: faulting it in again is a quarter of a CPU's training step."""
+    """Let glibc keep freed memory: to ask for it again takes a quarter of a CPU's training step."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
@@ -355,9 +352,10 @@ class Training:
         self.start = self.saved = time.time()
 
     def __iter__(self):
-        for self.step in range(self.first, self.steps + 1):
-            self.rng.manual_seed(step_seed(self.cfg.seed, self.stage, self.step))
-            yield self.step, self.rng
+        for step in range(self.first, self.steps + 1):
+            self.step = step
+            self.rng.manual_seed(step_seed(self.cfg.seed, self.stage, step))
+            yield step, self.rng
         draw_curves(self.cfg)
 
     def log(self, **losses):

@@ -18,9 +18,9 @@ import torch
 import data
 import faces
 import media
+import metrics
 import runtime
 import sample
-import syncnet
 
 PICTURE = "-f rawvideo -pix_fmt rgb24 -r 25 -i -"
 CLICKS = "aevalsrc=0.8*lt(mod(t\\,1)\\,0.01):s=48000:d=3"
@@ -62,7 +62,7 @@ def test_written_video_reads_back(tmp_path):
             put(frame)
     frames, sound = torch.stack(list(media.read_video(path))), media.Sound(path)
     assert frames.shape == clip.video.shape
-    assert syncnet.mouth_psnr(frames[None], clip.video[None]) > 30
+    assert metrics.mouth_psnr(frames[None], clip.video[None]) > 30
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path)]
     said = subprocess.run(command, capture_output=True, text=True).stderr
     assert all(word in said for word in ("h264", "yuv420p", "25 fps", "aac"))
