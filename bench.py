@@ -3,6 +3,7 @@
 python bench.py speed --config tiny         # frames a second, time to the first one, training
 python bench.py quality --config small      # the judge's table: truth, teacher, student
 python bench.py speech --config small       # do the lips follow people's speech, and a new language
+python bench.py long --config small         # three minutes streamed, the last against the first
 
 The paper's figures and ablations are in analysis.py.
 """
@@ -37,7 +38,8 @@ from runtime import Precision, UserError
 from stream import dub_stream, dub_student, dub_teacher
 from syncnet import SyncNet
 
-PEOPLE = {"quality": 64, "speech": 3}  # how many there are unless --clips is given
+PEOPLE = {"quality": 64, "speech": 3, "long": 4}  # how many there are unless --clips is given
+LONG_SECONDS = 180  # of a stream that long measures
 LATENTS = 12  # of each person, 48 frames: more people tell more than more frames of the same
 SPEECH = Path(__file__).parent / "tests" / "speech"  # recorded sentences, which train nothing
 SOUNDS = {  # groups of ARPAbet phones
@@ -252,6 +254,35 @@ def speech(cfg, device):
     return {"rows": rows, "languages": languages}
 
 
+def long(cfg, device):
+    """Is a stream's last minute as good as its first? Both are judged in pieces of ten seconds.
+    (The pieces of one person count as if they were of several: the intervals are a bit narrow.)"""
+    judge, student = networks(cfg, device, "student")
+    pieces = LONG_SECONDS // 10
+    minute = min(6, pieces // 2)
+    ends = {"first": slice(0, minute), "last": slice(pieces - minute, pieces)}
+    pairs = {end: [] for end in ends}  # of each person
+    dubs = {end: [] for end in ends}
+    for i in range(cfg.clips):
+        source, truth = dub_pair(i, 10 * pieces * FPS, student.cfg.size)
+        dub = torch.cat(list(dub_stream(student, source.video, truth.audio)))
+        mouth = torch.from_numpy(truth.mouth)
+        tracks = faces.Pairs(source.video, truth.video, data.log_mel(truth.audio), mouth)
+        for end, where in ends.items():
+            pairs[end].append([track.unflatten(0, (pieces, -1))[where] for track in tracks])
+            dubs[end].append(dub.unflatten(0, (pieces, -1))[where])
+
+    rows = {}
+    for end in ends:
+        # From a list of people, each with all fields of Pairs, to fields with all people.
+        everyone = faces.Pairs(*(torch.cat(field).to(device) for field in zip(*pairs[end])))
+        rows[f"truth, {end}"] = summarize(evaluate(everyone.truth, everyone, judge))
+        dub = torch.cat(dubs[end]).to(device)
+        rows[f"student, {end}"] = summarize(evaluate(dub, everyone, judge))
+    table("minute", rows, COLUMNS)
+    return {"rows": rows}
+
+
 def recipe_of(config):
     """The distill.Config of a preset. 1.3B: the shape of the paper's network, at 512 pixels; 384
     tokens a latent frame, where the paper has 1,024."""
@@ -381,6 +412,7 @@ def main(argv):
         "speed": speed,
         "quality": quality,
         "speech": speech,
+        "long": long,
     }
     run_command(argv, commands, Options, PEOPLE, __doc__)
 

@@ -5,6 +5,8 @@ import bench
 import runtime
 from metrics import COLUMNS
 
+ENDS = "first", "last"
+
 
 def test_speed_ends_in_json(run):
     found = run("speed", "--rounds=1")
@@ -35,6 +37,16 @@ def test_quality_ends_in_json(run):
             for measure, (difference, low, high) in measures.items():
                 apart = rows[name][measure] - rows[base][measure]
                 assert low <= high and difference == pytest.approx(apart)
+
+
+def test_long_ends_in_json(run, monkeypatch):
+    """An untrained student: its first ten seconds are as good as its last."""
+    monkeypatch.setattr(bench, "LONG_SECONDS", 20)
+    rows = run("long")["rows"]
+    assert set(rows) == {f"{name}, {end}" for name in ("truth", "student") for end in ENDS}
+    assert rows["student, first"] != rows["student, last"]
+    assert rows["student, first"]["psnr"] == pytest.approx(rows["student, last"]["psnr"], abs=1.5)
+    assert rows["truth, last"]["psnr"] > 70 and rows["truth, last"]["sharpness"] == 1
 
 
 def test_what_a_folder_lacks_is_taken_from_the_bundled_ones(tmp_path):
