@@ -52,7 +52,7 @@ EYES, CORNERS, UPPER, LOWER, CHIN = slice(0, 4), slice(4, 6), slice(6, 9), slice
 MOUTH_Y = 0.70
 SIDE = 2.8
 STEADY = 0.06  # of the side: a head that stays within this has a square that stands still
-SMOOTH = 6  # frames: deviation of the Gaussian by which a moving square is smoothed
+SMOOTH = 4  # frames: deviation of the Gaussian by which a moving square is smoothed
 OUTSIDE = 0.15  # of the side: so far may the square reach over the edge of the picture
 SMALLEST = 48  # pixels: side of a square
 QUIET = -45  # dB of full scale: what the loudest tenth of a recording must reach
@@ -239,10 +239,10 @@ def fill_gaps(marks):
 
 
 def smoothed(tracks):
-    """tracks (T, n) through a Gaussian; the ends are held."""
+    """tracks (T, n) through a Gaussian. Past its ends a track is taken to go on as it came."""
     reach = 3 * SMOOTH
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / SMOOTH) ** 2)
-    padded = np.pad(tracks, ((reach, reach), (0, 0)), "edge")
+    padded = np.pad(tracks, ((reach, reach), (0, 0)), "reflect", reflect_type="odd")
     smooth = [np.convolve(track, weights / weights.sum(), "valid") for track in padded.T]
     return np.stack(smooth, 1)
 
