@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import tyro
 
 from data import CLIP_LATENTS, FPS, RATE, mouth_mask
-from media import Sound, mp4s, read_video, write_video
+from media import Sound, read_video, write_video
 from runtime import UserError, free_space, run
 
 ENDINGS = ".mp4", ".mov", ".m4v", ".mpg", ".mpeg", ".webm", ".mkv", ".avi"
@@ -91,11 +91,15 @@ class FaceFinder:
         down = np.array([-np.sin(roll), np.cos(roll)])
         axis = (np.arange(192) + 0.5) / 192 - 0.5
         where = (x, y) + side * (axis[None, :, None] * across + axis[:, None, None] * down)
-        # What has no pixels to read is black. grid_sample wants the picture to be -1..1.
-        size = np.array(frame.shape[1::-1])
-        where = torch.from_numpy(2 * where / size - 1).float()
-        picture = frame.permute(2, 0, 1)[None].float() / 255
-        picture = F.grid_sample(picture, where[None], align_corners=False)
+        # grid_sample wants places to be -1..1 in the part of the picture that it reads.
+        height, width = frame.shape[:2]
+        left, top = np.clip(np.floor(where.min((0, 1))) - 1, 0, (width - 1, height - 1)).astype(int)
+        right, bottom = np.ceil(where.max((0, 1))).astype(int) + 1
+        part = frame[top : max(top + 1, bottom), left : max(left + 1, right)]
+        where = 2 * (where - (left, top)) / part.shape[1::-1] - 1
+        picture = part.permute(2, 0, 1)[None].float() / 255
+        where = torch.from_numpy(where).float()[None]
+        picture = F.grid_sample(picture, where, align_corners=False)  # black outside of the picture
         points, sure = call(self.mesh, picture)
         points = points.reshape(-1, 3)[:, :2] / 192 - 0.5
         points = (x, y) + side * (points[:, :1] * across + points[:, 1:] * down)
@@ -512,16 +516,16 @@ def print_table(table):
         print(f"left out    {len(clips):>6} recordings: {reason} ({few})")
 
 
-def sheet(folder, path, rows=12, columns=8, side=96):
-    """A contact sheet: moments of `rows` of the mp4s of a folder, a file in each row. The first
-    picture of a row has the outline of the mouth's mask in it."""
-    paths = mp4s(folder)
-    paths = [paths[i * len(paths) // rows] for i in range(min(rows, len(paths)))]
+def sheet(folder, made, path, rows=12, columns=8, side=96):
+    """A contact sheet: moments of `rows` of the pieces in a folder (`made`: their lines in its
+    table), a piece in each row. The first picture of a row has the outline of the mouth's mask."""
+    made = [made[i * len(made) // rows] for i in range(min(rows, len(made)))]
     inside = mouth_mask(side) > 0.5
     edge = inside & (F.avg_pool2d(inside[None].float(), 3, 1, 1)[0] < 1)
     lines = []
-    for file in paths:
-        frames = list(read_video(file))
+    for piece in made:
+        video = read_video(Path(folder) / piece["file"])
+        frames = list(itertools.islice(video, piece["start"], piece["start"] + piece["frames"]))
         row = []
         for i in range(columns):
             frame = frames[(2 * i + 1) * len(frames) // (2 * columns)]
@@ -567,12 +571,12 @@ def main(argv):
             print(f"{i + 1} of {len(paths)} recordings, {said - start:.0f} s", flush=True)
     writer.flush()
     print_table(writer.table)
-    curves = [piece["fit"] for line in writer.table for piece in line.get("pieces", [])]
-    if not curves:
+    made = [piece for line in writer.table for piece in line.get("pieces", [])]
+    if not made:
         raise UserError(f"{cfg.clips}: no recording could be used")
-    lag, correlation = lag_of(curves)
+    lag, correlation = lag_of([piece["fit"] for piece in made])
     print(f"lips and loudness go together best at {lag:+} frames (correlation {correlation:.2f})")
-    sheet(cfg.out, f"{cfg.out}/sheet.png")
+    sheet(cfg.out, made, f"{cfg.out}/sheet.png")
     print(f"{cfg.out}: for distill.py --folder; sheet.png shows moments of them")
 
 
