@@ -249,6 +249,19 @@ def test_recordings_become_clips_or_are_left_out_with_a_reason(drawn, tmp_path, 
 
 
 @finds_faces
+def test_a_long_recording_out_of_sync_is_left_out(finder, tmp_path, monkeypatch):
+    monkeypatch.setattr(people, "TELLING", 300)
+    clip = faces.render_clip(1, 300, DRAWN)
+    frames = placed((clip.video, np.full((300, 2), [150, 70])))
+    record(tmp_path / "good.mp4", frames, clip.audio)
+    assert list(people.pieces(tmp_path / "good.mp4", "good", finder, 32))
+    early = np.roll(clip.audio, -7 * 640)
+    record(tmp_path / "bad.mp4", frames, early)
+    with pytest.raises(people.LeftOut, match="the lips come (240|280|320) ms after the sound"):
+        list(people.pieces(tmp_path / "bad.mp4", "bad", finder, 32))
+
+
+@finds_faces
 def test_a_long_recording_is_cut_to_pieces(finder, tmp_path, monkeypatch):
     assert people.PIECE % (4 * data.CLIP_LATENTS) == 0
     monkeypatch.setattr(people, "PIECE", 60)
