@@ -556,6 +556,8 @@ def main(argv):
     cfg = tyro.cli(Options, args=argv, description=__doc__)
     finder = FaceFinder()
     paths = recordings(cfg.clips)
+    if Path(cfg.out).resolve().is_relative_to(Path(cfg.clips).resolve()):
+        raise UserError(f"--out {cfg.out}: choose a folder outside of {cfg.clips}")
     writer = Writer(cfg.out, cfg.size, cfg.held_out)
     folder = None
     said = start = time.time()

@@ -171,6 +171,14 @@ def test_a_folder_without_recordings_is_refused(tmp_path):
 
 
 @finds_faces
+def test_clips_are_not_written_among_the_recordings(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(UserError, match="choose a folder outside of"):
+        people.main([str(tmp_path), f"--out={tmp_path}/out"])
+    assert not (tmp_path / "out").exists()
+
+
+@finds_faces
 def test_a_drawn_face_is_found_where_it_is_while_it_walks(drawn, finder):
     still = np.full((FRAMES, 2), [100, 20])
     marks, _ = people.follow(placed((drawn.video, still)), finder)
