@@ -30,7 +30,7 @@ import tyro
 
 from data import CLIP_LATENTS, FPS, RATE, mouth_mask
 from media import Sound, read_video, write_video
-from runtime import UserError, free_space, run
+from runtime import UserError, make_folder, run
 
 ENDINGS = ".mp4", ".mov", ".m4v", ".mpg", ".mpeg", ".webm", ".mkv", ".avi"
 TRAINING_CLIP = 4 * CLIP_LATENTS  # frames
@@ -419,7 +419,7 @@ class Writer:
         self.out = Path(out)
         self.size = size
         self.initials = initials
-        free_space(self.out)
+        make_folder(self.out)
         (self.out / "held-out").mkdir(exist_ok=True)
         self.table = read_table(out)
         self.waiting = []  # lines of recordings with pieces in `joined`
