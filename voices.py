@@ -1,26 +1,18 @@
-"""What the drawn people say: speech by eSpeak NG, and the lips that go with it.
+"""What the drawn people say: speech by eSpeak NG (espeak.py), and the lips that go with it.
 
-    python voices.py            # out/voices/NAME.wav: one drawn voice of each language
-
-eSpeak NG (PyPI espeakng-loader: the library and its data for Linux, macOS and Windows) speaks many
-languages in many voices, and tells which phone begins at which sample. `speak` gives it words
-invented from a language's syllables and turns the phones into tracks of the lips by one table, so
-that a dub's exact answer is known. (The same table turns the aligned phones of a human recording
-into the lips that it asks for: `lip_tracks`.) eSpeak NG is GPL-3; nothing of it is copied here.
+eSpeak NG speaks many languages in many voices, and tells which phone begins at which sample.
+`speak` gives it words invented from a language's syllables and turns the phones into tracks of the
+lips by one table, so that a dub's exact answer is known. (The same table turns the aligned phones
+of a human recording into the lips that it asks for: `lip_tracks`.)
 """
 
-import _ctypes
-import ctypes
-import dataclasses
-import functools
 import unicodedata
-from pathlib import Path
 
 import numpy as np
-import soundfile
 
+import espeak
 from data import RATE
-from runtime import UserError, make_folder, options, run
+from runtime import UserError
 
 LIPS_FPS = 200  # rows of the lips' tracks a second
 LEAD = 8  # rows (40 ms) that the lips are ahead of the sound: one shapes the mouth, then speaks
@@ -190,43 +182,11 @@ PHONES = {
     "w": ( .14, .00, 1.0, .00, .00, 2.2),
 }
 # fmt: on
-ALIKE = {  # phones whose lips are another's
-    "ɚ": "ɜ",
-    "ɝ": "ɜ",
-    "ɘ": "ə",
-    "ᵻ": "ɨ",
-    "ɤ": "ʌ",
-    "ʏ": "y",
-    "ɵ": "ø",
-    "ʉ": "u",
-    "ɱ": "f",
-    "ʈ": "t",
-    "ɖ": "d",
-    "c": "k",
-    "ɟ": "k",
-    "ɡ": "k",
-    "g": "k",
-    "q": "k",
-    "ɣ": "x",
-    "ç": "x",
-    "ʝ": "j",
-    "χ": "ʁ",
-    "ʀ": "ʁ",
-    "ɧ": "ʃ",
-    "ʂ": "ʃ",
-    "ʐ": "ʒ",
-    "ɳ": "n",
-    "ɫ": "l",
-    "ɭ": "l",
-    "ʎ": "l",
-    "ɾ": "r",
-    "ɽ": "r",
-    "ɻ": "ɹ",
-    "ʍ": "w",
-    "ɥ": "y",
-    "ɦ": "h",
-    "ʔ": "h",
-}  # fmt: skip
+# Phones whose lips are another's, which comes first in its group.
+GROUPS = (
+    "ɜɚɝɞ əɘ ɨᵻ ʌɤ yʏɥ øɵ œɶ uʉ pʘ βɸ fɱ tʈ dɖ kcɟɡgq xɣç jʝ ʁχʀ ʃɧʂ ʒʐ nɳ lɫɭʎ rɾɽ ɹɻ wʍ hɦʔ"
+)
+ALIKE = {phone: group[0] for group in GROUPS.split() for phone in group[1:]}
 ARPABET = {  # as speech recognizers write English phones
     "AA": "ɑ", "AE": "æ", "AH": "ʌ", "AO": "ɔ", "AW": "aʊ", "AY": "aɪ", "B": "b", "CH": "tʃ",
     "D": "d", "DH": "ð", "EH": "ɛ", "ER": "ɜ", "EY": "eɪ", "F": "f", "G": "k", "HH": "h",
@@ -236,91 +196,18 @@ ARPABET = {  # as speech recognizers write English phones
 }  # fmt: skip
 
 
-class Event(ctypes.Structure):
-    """espeak_EVENT of speak_lib.h."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int),  # ms
-        ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
-        ("id", ctypes.c_char * 8),  # of a phoneme its IPA, in UTF-8
-    ]
-
-
-Callback = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(Event)
-)
-LAST_EVENT, PHONEME_EVENT = 0, 7
-SYNCHRONOUS, PHONEME_EVENTS_IN_IPA = 2, 3
-UTF8_SSML = 1 + 16
-PARAMETERS = {"rate": 1, "pitch": 3, "range": 4}  # words a minute; 0..100; 0..100
-
-
-@functools.cache
-def espeak_paths():
-    """(library, data folder) of espeakng-loader. UserError: it is not installed."""
-    try:
-        import espeakng_loader
-    except ImportError:
-        raise UserError("eSpeak NG is missing; pip install espeakng-loader") from None
-    return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-
-
 def synthesize(text, voice, seconds=np.inf, **parameters):
-    """Speak a text (SSML) with an eSpeak voice, "de" or "de+f2", up to about `seconds` s.
-
-    parameters: rate, pitch and range, see PARAMETERS. -> samples (n,) float32 in [-1, 1], their
-    rate in Hz, and the phones [(sample at which it begins, its IPA; "" for a pause)].
-    UserError: eSpeak is missing, or has no such voice."""
-    library_path, data_path = espeak_paths()
-    # eSpeak keeps state from one utterance to the next in static variables that no call resets. So
-    # that the same seed always sounds the same, the library is loaded anew each time.
-    library = ctypes.CDLL(library_path)
-    parts, phones = [], []
-
-    @Callback
-    def receive(wave, count, events):
-        if wave and count > 0:
-            parts.append(np.ctypeslib.as_array(wave, (count,)).copy())
-        i = 0
-        while events[i].type != LAST_EVENT:
-            if events[i].type == PHONEME_EVENT:
-                ipa = events[i].id.decode("utf-8", "ignore")
-                phones.append((events[i].sample, ipa))
-            i += 1
-        enough = sum(len(part) for part in parts) >= seconds * rate
-        return int(enough)  # 1: stop
-
+    """espeak.synthesize with samples (n,) float32 in [-1, 1]. UserError instead of EspeakError."""
     try:
-        rate = library.espeak_Initialize(
-            SYNCHRONOUS, 0, str(data_path).encode(), PHONEME_EVENTS_IN_IPA
-        )
-        if rate <= 0:
-            raise UserError(f"eSpeak NG finds no data in {data_path}; reinstall espeakng-loader")
-        library.espeak_SetSynthCallback(receive)
-        if library.espeak_SetVoiceByName(voice.encode()):
-            raise UserError(f"--voice {voice}: eSpeak has no such voice; de, fr or en-us+f2, say")
-        for name, value in parameters.items():
-            library.espeak_SetParameter(PARAMETERS[name], int(value), 0)
-        encoded = text.encode()
-        library.espeak_Synth(encoded, len(encoded) + 1, 0, 0, 0, UTF8_SSML, None, None)
-        library.espeak_Synchronize()
-        library.espeak_Terminate()
-    finally:
-        unload(library)
-    samples = np.concatenate([np.zeros(0, np.int16), *parts])
-    return samples.astype(np.float32) / 32768, rate, phones
+        samples, rate, phones = espeak.synthesize(text, voice, seconds, **parameters)
+    except espeak.EspeakError as e:
+        raise UserError(str(e)) from None
+    return to_float(samples), rate, phones
 
 
-def unload(library):
-    if hasattr(_ctypes, "dlclose"):
-        _ctypes.dlclose(library._handle)
-    else:  # Windows
-        _ctypes.FreeLibrary(library._handle)
+def to_float(samples):
+    """int16 -> float32 in [-1, 1]"""
+    return np.array(samples, np.float32) / 32768
 
 
 def resample(samples, count):
@@ -351,21 +238,35 @@ def invent_text(rng, language, words):
     return text
 
 
+@functools.cache
+def lips_of(phone):
+    """A letter of the IPA -> the letter of PHONES whose lips it has. The rarest, which are in no
+    table, have those of the Latin letter that they are made from; if they are from none, the
+    neighbours decide. A line on stderr says so, once."""
+    known = ALIKE.get(phone, phone)
+    if known in PHONES:
+        return known
+    # Unicode calls ɬ LATIN SMALL LETTER L WITH BELT.
+    name = unicodedata.name(phone, "")
+    latin = re.search(r"SMALL (?:LETTER|CAPITAL) ([A-Z])(?: WITH|$)", name)
+    letter = latin[1].lower() if latin else "h"
+    lips = ALIKE.get(letter, letter)
+    print(f"the phone {phone} is in no table: it gets the lips of {lips}", file=sys.stderr)
+    return lips
+
+
 def split_phones(phones):
     """eSpeak's phones [(second at which it begins, IPA)] -> the same as letters of PHONES:
     diphthongs and affricates are two, sharing the time; marks of stress, length and the like are
-    dropped; p, t and k begin when the mouth shuts. UserError: a phone whose lips nobody knows."""
+    dropped; p, t and k begin when the mouth shuts."""
     single = []
     ends = [start for start, _ in phones[1:]] + [np.inf]
     for (start, ipa), end in zip(phones, ends):
-        letters = [ALIKE.get(c, c) for c in ipa if unicodedata.category(c) in ("Ll", "Lo")]
+        letters = [lips_of(c) for c in ipa if unicodedata.category(c) in ("Ll", "Lo")]
         if not letters:
             if end - start < SHORTEST_PAUSE:
                 continue
             letters = [""]
-        for letter in letters:
-            if letter not in PHONES:
-                raise UserError(f"voices.py knows no lips for the phone {letter} of {ipa}")
         if letters[0] in ("p", "t", "k") and single:
             start -= min(CLOSURE, (start - single[-1][0]) / 2)
         each = min(end - start, 1.0) / len(letters)
@@ -433,7 +334,9 @@ def speak(voice_seed, text_seed, seconds, language=None):
     own = voice.choice([name for name in LANGUAGES if name != UNHEARD])
     language = language or own
     variant = voice.choice(VARIANTS)
-    # Resampling by up to an eighth makes the vocal tract shorter or longer.
+    # Resampling by up to an eighth makes the vocal tract shorter or longer, and the voice faster or
+    # slower. So eSpeak speaks for `tract` times as long, and both its samples and the times of its
+    # phones are divided by that, which keeps the lips in step with the sound.
     tract = voice.uniform(0.9, 1.12)
     parameters = dict(
         rate=voice.integers(120, 220), pitch=voice.integers(20, 80), range=voice.integers(20, 90)
@@ -452,13 +355,17 @@ def speak(voice_seed, text_seed, seconds, language=None):
 
 
 def say(text, voice):
-    """One's own text in an eSpeak voice -> audio (n,) float32 in [-1, 1] at RATE."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;")
-    samples, rate, _ = synthesize(escaped, voice)
-    if not samples.any():
-        raise UserError(f"--text {text!r}: {voice} finds nothing to say in it")
-    samples = resample(samples, round(len(samples) * RATE / rate))
-    return (0.08 * samples / samples.std()).clip(-1, 1).astype(np.float32)
+    """One's own text in an eSpeak voice -> audio (n,) float32 in [-1, 1] at RATE. UserError: there
+    is no such voice, or it cannot say the text."""
+    try:
+        sentences, rate = espeak.say_apart(text, voice)
+    except espeak.EspeakError as e:
+        raise UserError(str(e)) from None
+    parts = [resample(to_float(part), round(len(part) * RATE / rate)) for part in sentences if part]
+    audio = np.concatenate([np.zeros(0), *parts])
+    if not audio.any():
+        raise UserError(f"--text {text[:60]!r}: {voice} finds nothing to say in it")
+    return (0.08 * audio / audio.std()).clip(-1, 1).astype(np.float32)
 
 
 def read_phones(aligned):
@@ -469,21 +376,3 @@ def read_phones(aligned):
         for i, letter in enumerate(letters or [""]):
             phones.append((begin + (end - begin) * i / max(1, len(letters)), letter))
     return phones
-
-
-@dataclasses.dataclass
-class Options:
-    out: str = "out/voices"  # the folder that sounds are written to
-
-
-def main(argv):
-    cfg = options(Options, argv, __doc__)
-    make_folder(cfg.out)
-    for seed, language in enumerate(LANGUAGES):
-        audio, _ = speak(seed, seed, 8, language)
-        soundfile.write(Path(cfg.out, f"{language}.wav"), audio, RATE)
-    print(f"{cfg.out}: {len(LANGUAGES)} voices of 8 s")
-
-
-if __name__ == "__main__":
-    run(main)

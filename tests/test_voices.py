@@ -59,6 +59,23 @@ def test_the_lips_close_at_every_bilabial(language):
     assert bilabials > 5
 
 
+def test_a_phone_of_no_table_ends_nothing_and_is_said_once(capsys):
+    """eSpeak makes ɬ of some invented words, in one sample of ten thousand."""
+    voices.lips_of.cache_clear()
+    _, _, phones = phones_of("mishlayshjuret", "en-gb-x-rp")
+    assert "l" in [letter for _, letter in phones]
+    assert phones == phones_of("mishlayshjuret", "en-gb-x-rp")[2]
+    assert capsys.readouterr().err == "the phone ɬ is in no table: it gets the lips of l\n"
+    rare = {"ɓ": "b", "ʙ": "b", "ɠ": "k", "ɴ": "n", "ʕ": "h", "ǂ": "h", "ю": "h", "ɸ": "β"}
+    for phone, lips in rare.items():
+        assert voices.split_phones([(0.0, phone)]) == [(0.0, lips)]
+
+
+def test_phones_that_are_alike_lead_to_lips_that_are_known():
+    assert set(voices.ALIKE.values()) <= set(voices.PHONES) and len(voices.ALIKE) > 30
+    assert not set(voices.ALIKE) & set(voices.PHONES)
+
+
 SUMS = """
 import zlib, voices
 for seed in (3, 1, 2):
