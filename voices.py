@@ -6,6 +6,12 @@ lips by one table, so that a dub's exact answer is known. (The same table turns 
 of a human recording into the lips that it asks for: `lip_tracks`.)
 """
 
+import functools
+import re
+import sys
+import functools
+import re
+import sys
 import unicodedata
 
 import numpy as np

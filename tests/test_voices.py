@@ -119,7 +119,7 @@ def test_nobody_in_training_speaks_the_unheard_language(monkeypatch):
 
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    voices.espeak_paths.cache_clear()
+    voices.espeak.paths.cache_clear()
     with pytest.raises(runtime.UserError, match="pip install espeakng-loader"):
         faces.render_clip(0, 12, 32)
 
