@@ -1,25 +1,19 @@
 """A drawn world of talking people, so that there is no data to download.
 
-    python faces.py             # out/faces/clips.mp4 and sheet.png: some of the people
-
 `render_clip` makes pictures of lips that go with the speech of voices.py. So we own what no
 recorded data set has: the same person, pose and blinks with *another* sound (`dub_pair`), which is
 what a dub should give.
 """
 
-import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import matplotlib.image
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data import FPS, log_mel, mouth_mask
-from media import write_video
-from runtime import make_folder, options, run
 from voices import LIPS_FPS, speak
 
 # Nobody is in two of these: the judge has never seen the people that anything else is trained on,
@@ -100,6 +94,8 @@ class Painter:
     def __init__(self, p, pose, opening, size, device):
         self.p = p
         self.k = size / 2 * ZOOM  # pixels a unit
+        # 1 in the mouth's rectangle, where a dub paints, else 0. All that moves with the lips is
+        # multiplied by it: outside, where a dub shows the source, nothing may depend on the sound.
         self.inside = (mouth_mask(size).to(device) > 0).float()
         axis = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
         self.px = axis / ZOOM
@@ -314,25 +310,3 @@ def make_pairs(n, size, split, device, latents=24):
     mel = torch.stack([log_mel(truth.audio) for _, truth in clips])
     mouth = torch.stack([torch.from_numpy(truth.mouth) for _, truth in clips])
     return Pairs(source.to(device), truth.to(device), mel.to(device), mouth.to(device))
-
-
-@dataclasses.dataclass
-class Options:
-    out: str = "out/faces"  # the folder that pictures are written to
-
-
-def main(argv):
-    cfg = options(Options, argv, __doc__)
-    make_folder(cfg.out)
-    clips = [render_clip(SPLITS["held-out"] + 2 * i, 96, 128) for i in range(8)]
-    rows = [torch.cat(list(clip.video[::12]), 1) for clip in clips]
-    matplotlib.image.imsave(f"{cfg.out}/sheet.png", torch.cat(rows).numpy())
-    sound = np.concatenate([clip.audio for clip in clips])
-    with write_video(f"{cfg.out}/clips.mp4", (128, 128), sound) as put:
-        for frame in torch.cat([clip.video for clip in clips]):
-            put(frame.numpy())
-    print(f"{cfg.out}/sheet.png: 8 moments of 8 people; {cfg.out}/clips.mp4: with sound")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -71,7 +71,7 @@ sample --text ... --weights student: finds nothing to say
 sample --text hi --audio good.wav --weights student: which of them
 sample --device abacus: --device abacus
 sample --device meta: choose cuda, mps or cpu
-faces --out /dev/null/x: cannot be written
+sample --text hi --out /dev/null/x/a.mp4 --weights student: cannot be written
 distill --start missing: no such file or folder
 distill --folder missing: no such file or folder
 distill --source missing: no such file or folder

@@ -132,7 +132,7 @@ def test_frames_to_a_pipe_whose_reader_may_leave_early(tmp_path, student_file):
     assert early.stdout.strip() == "100" and "Traceback" not in early.stderr
 
 
-SCRIPTS = ["voices", "faces", "sample", "distill", "bench", "analysis"]
+SCRIPTS = ["sample", "distill", "bench", "analysis"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
