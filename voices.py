@@ -9,9 +9,6 @@ of a human recording into the lips that it asks for: `lip_tracks`.)
 import functools
 import re
 import sys
-import functools
-import re
-import sys
 import unicodedata
 
 import numpy as np
@@ -189,9 +186,7 @@ PHONES = {
 }
 # fmt: on
 # Phones whose lips are another's, which comes first in its group.
-GROUPS = (
-    "ɜɚɝɞ əɘ ɨᵻ ʌɤ yʏɥ øɵ œɶ uʉ pʘ βɸ fɱ tʈ dɖ kcɟɡgq xɣç jʝ ʁχʀ ʃɧʂ ʒʐ nɳ lɫɭʎ rɾɽ ɹɻ wʍ hɦʔ"
-)
+GROUPS = "ɜɚɝɞ əɘ ɨᵻ ʌɤ yʏɥ øɵ œɶ uʉ pʘ βɸ fɱ tʈ dɖ kcɟɡgq xɣç jʝ ʁχʀ ʃɧʂ ʒʐ nɳ lɫɭʎ rɾɽ ɹɻ wʍ hɦʔ"
 ALIKE = {phone: group[0] for group in GROUPS.split() for phone in group[1:]}
 ARPABET = {  # as speech recognizers write English phones
     "AA": "ɑ", "AE": "æ", "AH": "ʌ", "AO": "ɔ", "AW": "aʊ", "AY": "aɪ", "B": "b", "CH": "tʃ",
