@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
@@ -25,10 +24,12 @@ import torch.nn.functional as F
 from data import FPS, RATE
 from runtime import UserError, make_folder, need_file
 
-FFMPEG = 9  # the oldest version that the tests pass with
 # A second output that throws everything away. While all tracks are in use, time 0 of each is the
 # file's. Otherwise MPEG-TS starts each track at its own time 0, and sound and picture part.
 ALL_TRACKS = ["-map", "0:v?", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
+# The first track of each kind. V: one that moves, which the cover of an album does not.
+PICTURE = "0:V:0"
+SOUND = "0:a:0"
 # Puts each sound at its time, with silence where there is none. Less than a frame off is jitter.
 ON_TIME = "aresample=async=1:first_pts=0:min_hard_comp=0.04"
 # A mean of the channels, which cannot be louder than the loudest one.
@@ -48,7 +49,7 @@ def ffmpeg(*words):
     try:
         path = imageio_ffmpeg.get_ffmpeg_exe()
         try_out(path)
-    except (RuntimeError, OSError) as e:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as e:
         cure = "pip install -U imageio-ffmpeg brings one, if IMAGEIO_FFMPEG_EXE is not set"
         raise UserError(f"no ffmpeg could be run ({e}); {cure}") from None
     return [path, "-v", "error", "-hide_banner", "-nostdin", *words]
@@ -56,17 +57,8 @@ def ffmpeg(*words):
 
 @functools.cache
 def try_out(path):
-    """Run an ffmpeg once before it is used. A line on stderr says if it is too old; a build between
-    two releases has no version, and passes. RuntimeError, OSError: it does not run, or is none."""
-    done = subprocess.run([path, "-version"], capture_output=True)
-    if done.returncode:
-        raise RuntimeError(reason(path, done.returncode, done.stderr))
-    if b"ffmpeg version" not in done.stdout:
-        raise RuntimeError(f"{path} is none")
-    version = re.search(rb"ffmpeg version n?((\d+)\.[\d.]+)", done.stdout)
-    if version and int(version[2]) < FFMPEG:
-        old = f"{path} is ffmpeg {version[1].decode()}, older than {FFMPEG}"
-        warn(f"{old}: times and colours may be off; pip install -U imageio-ffmpeg")
+    """Run an ffmpeg once before it is used. OSError, SubprocessError: it does not run."""
+    subprocess.run([path, "-version"], capture_output=True, check=True)
 
 
 def reason(path, code, complaint):
@@ -75,6 +67,8 @@ def reason(path, code, complaint):
     if code < 0:
         return f"{path} was ended by signal {-code}, {signal.strsignal(-code)}"
     text = re.sub(rb"^(\[.*?\] )+", b"", complaint).decode(errors="replace").strip()
+    if "matches no streams" in text:
+        return "it has none"
     if text:
         return text.splitlines()[0]
     if code:
@@ -86,13 +80,18 @@ def reason(path, code, complaint):
 def running(failure, command, **pipes):
     """Run ffmpeg inside a `with`, and end it with that.
 
-    EOFError and BrokenPipeError inside mean that ffmpeg gave up: they become a UserError that says
-    `failure` and ffmpeg's reason."""
-    with tempfile.TemporaryFile() as complaint:
+    An EOFError inside means that ffmpeg gave up: it becomes a UserError that says `failure` and
+    ffmpeg's reason."""
+    try:
+        complaint = tempfile.TemporaryFile()
+    except OSError as e:
+        what = f"no folder for temporary files ({e.strerror or e})"
+        raise UserError(f"{what}; set TMPDIR to one that can be written") from None
+    with complaint:
         process = subprocess.Popen(command, stderr=complaint, start_new_session=True, **pipes)
         try:
             yield process
-        except (EOFError, BrokenPipeError):
+        except EOFError:
             process.wait()
             complaint.seek(0)
             why = reason(command[0], process.returncode, complaint.read())
@@ -102,51 +101,26 @@ def running(failure, command, **pipes):
             process.communicate()
 
 
-class Track(NamedTuple):
-    """The picture or the sound of a file, in ffmpeg's words."""
-
-    source: list  # the arguments that open the file
-    select: list  # the arguments that choose the track
-    about: str  # codec, format, size, ...: what ffmpeg says of it
-
-
-def track(path, kind):
-    """Find the picture or the sound (`kind`) of a file -> Track. Of several, the default one.
-
-    A line on stderr says so, or that the file is broken off. UserError: it has no such track."""
+def source(path):
+    """ffmpeg's arguments that open a file. UserError: there is none."""
     need_file(path)
-    source = ["-i", f"file:{path}"]  # without "file:", a:b.mp4 is taken for an address
-    command = ffmpeg("-v", "info", *source, *ALL_TRACKS)
+    return ["-i", f"file:{path}"]  # without "file:", a:b.mp4 is taken for an address
+
+
+def describe(path):
+    """What ffmpeg says of a file's picture: codec, format, size, and more. UserError: it has none.
+    (The cover of an album is a picture, but no video.)"""
+    command = ffmpeg("-v", "info", *source(path))
     done = subprocess.run(command, capture_output=True)
     text = done.stderr.decode(errors="replace")
-    if "Input #0" not in text or done.returncode < 0:
+    picture = re.search(r"(?m)^ +Stream #0:\d+.*?: Video: (?!.*attached pic)(.*)", text)
+    read = "Input #0" in text and done.returncode > 0  # 1: it has been told of no output
+    if picture and read:
+        return picture[1]
+    why = "it has none"
+    if not read:
         why = reason(command[0], done.returncode, done.stderr)
-        raise UserError(f"{path}: no {kind} could be read ({why})")
-    about_input = text.partition("Output #0")[0]
-    word = "Video" if kind == "picture" else "Audio"
-    tracks = re.findall(rf"(?m)^ +Stream #(0:\d+).*?: {word}: (.*)", about_input)
-    # The cover of an album is a picture, but no video.
-    tracks = [(number, about) for number, about in tracks if "attached pic" not in about]
-    if not tracks:
-        raise UserError(f"{path}: no {kind} could be read (it has none)")
-    defaults = [(number, about) for number, about in tracks if "(default)" in about]
-    number, about = (defaults or tracks)[0]
-    if len(tracks) > 1:
-        warn(f"{path}: {len(tracks)} tracks of {kind}; {number} is taken ({about})")
-    warn_if_broken_off(path, text)
-    return Track(source, ["-map", number], about)
-
-
-def warn_if_broken_off(path, text):
-    """Say so if ffmpeg, according to its report, read less of a file than the file promises."""
-    times = re.findall(r"(?:Duration: |time=)(\d+):(\d+):([\d.]+)", text)
-    seconds = [3600 * int(h) + 60 * int(m) + float(s) for h, m, s in times]
-    if not seconds or "Estimating duration" in text:
-        return
-    promised = seconds[0]
-    read = seconds[-1]
-    if read < promised - 0.5:
-        warn(f"{path}: broken off: {read:.1f} s of {promised:.1f} s could be read")
+    raise UserError(f"{path}: no picture could be read ({why})")
 
 
 class Sound:
@@ -154,9 +128,9 @@ class Sound:
     `len(sound)`, `sound[a:b]`. An hour takes 230 MB. UserError: there is none, or it holds NaN."""
 
     def __init__(self, path):
-        self.track = track(path, "sound")
+        self.path = path
         mono = ["-af", f"{ON_TIME}:{TO_MONO}", "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
-        command = ffmpeg(*self.track.source, *self.track.select, *mono, *ALL_TRACKS)
+        command = ffmpeg(*source(path), "-map", SOUND, *mono, *ALL_TRACKS)
         done = subprocess.run(command, capture_output=True)
         if done.returncode or not done.stdout:
             why = reason(command[0], done.returncode, done.stderr)
@@ -178,24 +152,20 @@ def read_video(path):
 
     ffmpeg drops or repeats frames by their time stamps, so that other rates, such as 29.97, do not
     drift. Pixels become square, and HDR becomes SDR. Colours without a tag are taken for bt709 from
-    720 rows on and else for bt601, as players do. What is transparent is laid over black."""
-    picture = track(path, "picture")
-    if re.search("(top|bottom)( coded)? first", picture.about):
-        warn(f"{path}: interlaced, and the combs stay; deinterlace it first (ffmpeg -vf yadif)")
+    720 rows on and else for bt601, as players do."""
+    about = describe(path)
     look = f"scale=w='max(iw,trunc(iw*sar/2)*2)':h='max(ih,trunc(ih/sar/2)*2)':{EXACT}"
-    size = re.search(r", \d+x(\d+)", picture.about)
+    size = re.search(r", \d+x(\d+)", about)
     rows = int(size[1]) if size else 0
-    tagged = re.search(r"[( ](bt|smpte|fcc)\w*[/,)]", picture.about)
-    if re.search("smpte2084|arib-std-b67", picture.about):
+    tagged = re.search(r"[( ](bt|smpte|fcc)\w*[/,)]", about)
+    if re.search("smpte2084|arib-std-b67", about):
         warn(f"{path}: HDR, made SDR: what is brighter than white paper is cut off")
         look = f"zscale=primaries=bt709:transfer=bt709:npl=203,format=gbrp,{look}"
     elif rows >= 720 and not tagged:
         look += ":in_color_matrix=bt709"
-    if re.search(", (rgba|bgra|argb|abgr|gbrap|yuva|ayuv|vuya|ya8|ya16|pal8)", picture.about):
-        look += ",format=gbrap,premultiply=inplace=1"
     frames = ["-vf", f"fps={FPS}:start_time=0,{look}", "-pix_fmt", "rgb24"]
     frames += ["-c:v", "ppm", "-f", "image2pipe", "-"]
-    command = ffmpeg(*picture.source, *picture.select, *frames, *ALL_TRACKS)
+    command = ffmpeg(*source(path), "-map", PICTURE, *frames, *ALL_TRACKS)
     frame = None
     failure = f"{path}: no picture could be read"
     with running(failure, command, stdout=subprocess.PIPE) as reader:
@@ -216,17 +186,21 @@ def write_video(path, size, audio=None):
     frames (H, W, 3) uint8; audio: samples at 16 kHz, or a Sound, whose file is read again, so that
     its rate and channels are kept.
 
-    The video is written beside the file that `path` names and renamed when it is whole. An odd side
-    gets one more row or column, black, since players want H.264 to have even ones."""
+    The video is written beside the file that `path` names and takes its place when it is whole. An
+    odd side gets one more row or column, black, since players want H.264 to have even ones.
+    UserError: `path` cannot be written, or ffmpeg gave up."""
     path = Path(path)
     if path.suffix.lower() not in (".mp4", ".mov", ".mkv") or path.is_dir():
         raise UserError(f"{path}: write to a file whose name ends in .mp4")
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        if isinstance(audio, np.ndarray):
-            soundfile.write(os.fsencode(f"{folder}/sound.wav"), audio, RATE)
-            audio = Sound(f"{folder}/sound.wav")
         partial = Path(folder) / path.name
+        need_replaceable(path, partial)
+        if isinstance(audio, np.ndarray):
+            # An open file, since soundfile cannot open every name of every system.
+            with open(f"{folder}/sound.wav", "wb") as file:
+                soundfile.write(file, audio, RATE, format="WAV")
+            audio = Sound(f"{folder}/sound.wav")
         width, height = size
         frames = ["-f", "rawvideo", "-pix_fmt", "rgb24"]
         frames += ["-s", f"{width}x{height}", "-r", str(FPS), "-i", "-"]
@@ -239,22 +213,46 @@ def write_video(path, size, audio=None):
             command = ffmpeg(*frames, *picture, "-map", "0:v", *coding)
         else:
             # The sound's file is input 0, so that what chooses its track holds here, too.
-            sound = [*audio.track.select, "-af", ON_TIME]
-            mapped = [*picture, "-map", "1:v", *sound]
-            command = ffmpeg(*audio.track.source, *frames, *mapped, *coding, *ALL_TRACKS)
+            mapped = [*picture, "-map", "1:v", "-map", SOUND, "-af", ON_TIME]
+            command = ffmpeg(*source(audio.path), *frames, *mapped, *coding, *ALL_TRACKS)
         with running(f"{path}: ffmpeg stopped writing", command, stdin=subprocess.PIPE) as writer:
 
             def put(frame):
-                writer.stdin.write(np.ascontiguousarray(frame))
+                try:
+                    writer.stdin.write(np.ascontiguousarray(frame))
+                except OSError:  # nobody reads: on Windows that is no BrokenPipeError
+                    raise EOFError from None
 
             yield put
             writer.communicate()
             if writer.returncode:
                 raise EOFError
-            next(
-                read_video(partial)
-            )  # UserError if ffmpeg could not finish it, for want of room say
+            # UserError if ffmpeg could not finish it, for want of room say.
+            next(read_video(partial))
+        take_place(partial, path)
+
+
+def need_replaceable(path, aside):
+    """UserError if another file cannot take the place of the one at `path`, if there is one, since
+    it is mounted, somebody else's or held by a player. Asked by moving it aside and back."""
+    if not path.exists():
+        return
+    try:
+        os.replace(path, aside)
+    except OSError as e:
+        what = f"cannot be replaced ({e.strerror}); choose another --out"
+        raise UserError(f"{path}: {what}") from None
+    os.replace(aside, path)
+
+
+def take_place(partial, path):
+    """Move a finished file to `path`. UserError: that fails, and it is kept elsewhere."""
+    try:
         os.replace(partial, path)
+    except OSError as e:
+        kept = Path(tempfile.mkdtemp(prefix=f"{path.stem}-", dir=path.parent), path.name)
+        os.replace(partial, kept)
+        raise UserError(f"{path}: cannot be replaced ({e.strerror}); it is {kept}") from None
 
 
 def mp4s(folder):

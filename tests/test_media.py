@@ -1,16 +1,17 @@
 """Files as cameras, phones and editors make them, each made here by ffmpeg: read at their time, in
 their colours and shape, and written so that players show the same."""
 
+import errno
 import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 
 import imageio_ffmpeg
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -91,6 +92,81 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         put(np.zeros((32, 32, 3), np.uint8))
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dub_whose_place_is_taken_meanwhile_is_kept_and_its_place_said(tmp_path):
+    path = tmp_path / "x.mp4"
+    with pytest.raises(runtime.UserError, match="x.mp4: cannot be replaced") as error:
+        with media.write_video(path, (32, 32)) as put:
+            put(np.full((32, 32, 3), 200, np.uint8))
+            path.mkdir()
+    kept = str(error.value).partition("; it is ")[2]
+    assert len(list(media.read_video(kept))) == 1
+    assert {found.name for found in tmp_path.rglob("*.*")} == {"x.mp4"}
+
+
+def test_a_file_that_cannot_be_replaced_is_said_before_the_work(tmp_path, monkeypatch):
+    """As of a file that is mounted, or that a player holds on Windows."""
+    path, replace = tmp_path / "x.mp4", os.replace
+    path.write_text("old")
+
+    def refuse(source, target):
+        if path in (source, target):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(runtime.UserError, match="cannot be replaced .Permission.*another --out"):
+        with media.write_video(path, (32, 32)):
+            pytest.fail("the work has begun")
+    assert [found.name for found in tmp_path.iterdir()] == ["x.mp4"]
+    assert path.read_text() == "old"
+
+
+def test_a_file_is_replaced_by_the_finished_dub_alone(tmp_path):
+    path = tmp_path / "x.mp4"
+    path.write_text("old")
+    with media.write_video(path, (32, 32)) as put:
+        put(np.zeros((32, 32, 3), np.uint8))
+        assert path.read_text() == "old"
+    assert len(list(media.read_video(path))) == 1
+
+
+def test_no_folder_for_temporary_files_is_one_line(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/none")
+    with pytest.raises(runtime.UserError, match="no folder for temporary files .*; set TMPDIR"):
+        next(media.read_video(base))
+
+
+class OnWindows(subprocess.Popen):
+    """A pipe that nobody reads is no BrokenPipeError there."""
+
+    def __init__(self, *words, **pipes):
+        super().__init__(*words, **pipes)
+        if self.stdin:
+            self.wait()
+            self.stdin.write = self.fail
+
+    def fail(self, data):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_an_ffmpeg_that_dies_on_windows_is_said(tmp_path, other_ffmpeg, monkeypatch):
+    other_ffmpeg("case $1 in -version) exit;; esac; echo no room left >&2; exit 1")
+    monkeypatch.setattr(subprocess, "Popen", OnWindows)
+    with pytest.raises(runtime.UserError, match=r"ffmpeg stopped writing \(no room left\)"):
+        with media.write_video(tmp_path / "a.mp4", (32, 32)) as put:
+            put(np.zeros((32, 32, 3), np.uint8))
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_a_folder_of_any_name_and_samples(tmp_path):
+    """Umlauts, and bytes that are no UTF-8."""
+    folder = tmp_path / os.fsdecode(b"\xfc Gr\xc3\xb6\xc3\x9fe")
+    folder.mkdir()
+    with media.write_video(folder / "a.mp4", (32, 32), np.full(640, 0.1, np.float32)) as put:
+        put(np.zeros((32, 32, 3), np.uint8))
+    assert len(media.Sound(folder / "a.mp4")) >= 640
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +250,29 @@ def test_hdr_becomes_sdr_and_is_said(curve, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shape, expected", [("2/1", (64, 128)), ("1/2", (128, 64))])
-def test_pixels_become_square_and_combs_are_said(shape, expected, tmp_path, capsys):
-    how = f"-vf setsar={shape},setfield=tff -flags +ildct+ilme -c:v libx264"
+def test_pixels_become_square(shape, expected, tmp_path):
+    how = f"-vf setsar={shape} -c:v libx264"
     ffmpeg(PICTURE, how, tmp_path / "a.mp4", picture=np.zeros((3, 64, 64, 3)))
     assert next(media.read_video(tmp_path / "a.mp4")).shape[:2] == expected
-    assert "interlaced" in capsys.readouterr().err
+
+
+def test_a_telephone_held_upright(tmp_path):
+    """Its picture lies on its side, and the file says by how much to turn it."""
+    picture = np.zeros((3, 32, 64, 3))
+    picture[:, :, 48:] = 255  # the right side, which is to be at the top
+    ffmpeg(PICTURE, "-c:v libx264 -crf 4", tmp_path / "flat.mp4", picture=picture)
+    ffmpeg("-display_rotation 90 -i", tmp_path / "flat.mp4", "-c copy", tmp_path / "a.mp4")
+    frame = next(media.read_video(tmp_path / "a.mp4")).float()
+    assert frame.shape == (64, 32, 3) and frame[:14].mean() > 240 and frame[18:].mean() < 10
+
+
+def test_the_cover_of_an_album_is_no_video(tmp_path):
+    ffmpeg(PICTURE, "-frames:v 1", tmp_path / "a.png", picture=np.zeros((1, 32, 32, 3)))
+    sound = "-f lavfi -i sine=d=1 -map 0 -map 1 -c:v copy -disposition:v attached_pic"
+    ffmpeg("-i", tmp_path / "a.png", sound, tmp_path / "a.mp3")
+    assert len(media.Sound(tmp_path / "a.mp3")) >= data.RATE
+    with pytest.raises(runtime.UserError, match=r"no picture could be read \(it has none\)"):
+        next(media.read_video(tmp_path / "a.mp3"))
 
 
 def test_a_file_is_a_file_whatever_it_is_called(base, tmp_path, monkeypatch):
@@ -196,21 +290,6 @@ def test_a_folder_without_a_long_enough_video_is_said(base, tmp_path, capsys):
     with pytest.raises(runtime.UserError, match="no mp4 with 4.0 s of picture and sound"):
         list(media.recorded(tmp_path, 32, 100))
     assert "a.mp4: shorter than 4.0 s" in capsys.readouterr().out
-
-
-def test_of_several_tracks_the_default_one(tmp_path, capsys):
-    path = tmp_path / "a.mkv"
-    pictures = "-f lavfi -i color=red:s=64x64:d=3 -f lavfi -i color=lime:s=32x32:d=1"
-    sounds = "-f lavfi -i aevalsrc=0.1:d=3 -f lavfi -i aevalsrc=0.5:d=1"
-    default = "-disposition:0 0 -disposition:1 default -disposition:2 0 -disposition:3 default"
-    ffmpeg(pictures, sounds, "-map 0 -map 1 -map 2 -map 3 -c:v libx264 -c:a flac", default, path)
-    frames, sound = list(sample.play(path, 40)), media.Sound(path)
-    assert len(list(media.read_video(path))) == 25 and len(sound) == data.RATE
-    assert len(frames) == 40 and all(frame.shape == (32, 32, 3) for frame in frames)
-    assert frames[39][16, 16].tolist() == pytest.approx([0, 255, 0], abs=4)
-    assert sound[8000:9000].mean() == pytest.approx(0.5, abs=0.01)
-    said = capsys.readouterr().err
-    assert "2 tracks of picture; 0:1 is taken" in said and "2 tracks of sound; 0:3" in said
 
 
 @pytest.mark.parametrize(
@@ -235,18 +314,6 @@ def test_channels_are_mixed_and_not_louder_than_each(pan, level, tmp_path):
     assert np.abs(again[:12000]).max() == pytest.approx(level, rel=0.1)
 
 
-def test_a_file_that_breaks_off_is_said_with_both_lengths(tmp_path, capsys):
-    path = tmp_path / "a.mp4"
-    how = "-c:v libx264 -c:a aac -movflags +faststart"
-    ffmpeg("-f lavfi -i testsrc2=s=128x96:r=25:d=9 -f lavfi -i sine=d=9", how, path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    n, sound = len(list(media.read_video(path))), media.Sound(path)
-    (said,) = capsys.readouterr().err.splitlines()
-    read = float(said.split("broken off: ")[1].split()[0])
-    assert 2 < read < 4 and said.endswith(" of 9.0 s could be read")
-    assert read == pytest.approx(max(n / 25, len(sound) / data.RATE), abs=0.1)
-
-
 def test_the_reason_comes_first(base, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(20))
     with pytest.raises(runtime.UserError, match=r"no sound could be read \(moov atom not found\)$"):
@@ -267,27 +334,6 @@ def test_a_picture_of_which_nothing_can_be_decoded(tmp_path):
         list(media.read_video(path))
 
 
-@pytest.mark.parametrize(
-    "name, coding",
-    [
-        ("a.png", ""),
-        ("a.mov", "-c:v qtrle"),
-        ("b.mov", "-c:v prores_ks -pix_fmt yuva444p10le"),
-        ("a.mkv", "-c:v ffv1 -pix_fmt yuva420p"),
-    ],
-)
-def test_what_is_transparent_is_black(name, coding, tmp_path):
-    picture = np.full((32, 48, 4), [200, 100, 40, 255], np.uint8)
-    picture[:, 16:32, 3] = 128
-    picture[:, 32:, 3] = 0
-    matplotlib.image.imsave(tmp_path / "a.png", picture)
-    if coding:
-        ffmpeg("-i", tmp_path / "a.png", coding, tmp_path / name)
-    frame = next(media.read_video(tmp_path / name)).int()
-    expected = torch.tensor([[200, 100, 40], [100, 50, 20], [0, 0, 0]])
-    assert (frame[16, 8::16] - expected).abs().max() <= 2
-
-
 @pytest.fixture
 def other_ffmpeg(tmp_path, monkeypatch):
     """other_ffmpeg(script) puts a shell script into ffmpeg's place; in it, $FFMPEG is ffmpeg."""
@@ -304,12 +350,7 @@ def other_ffmpeg(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "script, why",
-    [
-        ("kill -9 $$", "/other was ended by signal 9, Killed"),
-        ("exit 3", "/other ended with exit code 3"),
-        ("echo no library >&2; exit 127", "no library"),
-        ("echo hello", "/other is none"),
-    ],
+    [("kill -9 $$", "/other.*SIGKILL.*"), ("exit 3", "/other.*status 3.*")],
 )
 def test_an_ffmpeg_that_does_not_run_is_said_with_the_cure(script, why, base, other_ffmpeg):
     other_ffmpeg(script)
@@ -337,28 +378,6 @@ def test_an_ffmpeg_that_is_killed_at_work_is_said(job, base, other_ffmpeg, tmp_p
         with media.write_video(tmp_path / "a.mp4", (32, 32), media.Sound(base)) as put:
             list(map(put, media.read_video(base)))
     assert not list(tmp_path.glob("*.mp4"))
-
-
-@pytest.mark.parametrize(
-    "version, old",
-    [
-        ("4.2.2-static https://johnvansickle.com/ffmpeg/", True),
-        ("5.1.9-0+deb12u1", True),
-        ("n7.1.2-3-g0a1b2c3d4e", True),
-        ("9.0", False),
-        ("n9.0.2-17-g2a571b6068-20260930", False),
-        ("10.1-tessus", False),
-        ("N-12345-g0a1b2c3d4e", False),
-        ("2026-10-02-git-358fdf3083-full_build-www.gyan.dev", False),
-    ],
-)
-def test_an_old_ffmpeg_is_said_once(version, old, base, other_ffmpeg, capsys):
-    other_ffmpeg(f'case $1 in -version) echo "ffmpeg version {version} Copyright"; exit;; esac')
-    for _ in range(2):
-        media.ffmpeg()
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == old
-    assert not old or "older than 9" in said[0] and "pip install -U" in said[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
