@@ -159,7 +159,7 @@ def say_apart(text, voice):
     try:
         given = text.encode()
     except UnicodeEncodeError:
-        raise EspeakError("the text is not in UTF-8; give it in that encoding") from None
+        raise EspeakError("--text: not in UTF-8; give it in that encoding") from None
     check_voice(voice)
     command = [sys.executable, __file__, voice]
     done = subprocess.run(command, input=given, capture_output=True)
