@@ -9,17 +9,14 @@ looked back at, and how long each pass took. The page shows the frames by the cl
 """
 
 import base64
-import binascii
 import contextlib
 import copy
 import dataclasses
 import io
 import ipaddress
 import json
-import math
 import secrets
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +29,7 @@ from PIL import Image
 
 import runtime
 import voices
-from data import AUDIO_AHEAD, FPS, HOP, MEL_REACH, RATE, middle, mouth_mask, to_float
+from data import AUDIO_AHEAD, FPS, HOP, MEL_REACH, RATE, middle, to_float
 from faces import SPLITS, render_clip
 from flow import STEPS, euler
 from model import DiT, attention_window
@@ -44,14 +41,12 @@ PAGE = Path(__file__).with_name("live.html")
 AHEAD = HOP * AUDIO_AHEAD + MEL_REACH  # samples that a chunk hears beyond its own
 GUIDANCE = 2.0  # of the teacher
 STEP_CHOICES = "1", "2", "4", "teacher"  # denoising steps of the student, or the teacher
-MAX_PAGES = 4
-IDLE_SECONDS = 5.0  # after which a page gives up its place, should another one want it
 MAX_BODY = 1 << 20  # bytes of a request
 MAX_TEXT = 300  # characters
 # The page needs nothing but this server, and no other page may frame it.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; "
-    "img-src data: blob:; connect-src 'self'; frame-ancestors 'none'"
+    "img-src data:; connect-src 'self'; frame-ancestors 'none'"
 )
 
 
@@ -88,9 +83,8 @@ class TeacherStreamer:
     """The guided teacher in a Streamer's place: 50 passes a chunk, each of a doubled batch. It sees
     the chunk alone; on a whole clip, as in its training, the delay would be longer."""
 
-    def __init__(self, net, blend=True):
+    def __init__(self, net):
         self.net = net
-        self.blend = blend
         self.reference = None
         self.x0 = None
 
@@ -105,7 +99,7 @@ class TeacherStreamer:
         with autocast(self.net):
             cond = self.net.embed(video, self.reference, mel.to(device))
             x0 = euler(self.net, cond, STEPS, GUIDANCE)
-        frames = to_frames(self.net, x0, pixels, self.x0, self.blend)
+        frames = to_frames(self.net, x0, pixels, self.x0)
         self.reference = video
         self.x0 = x0
         return frames[0].cpu()
@@ -137,67 +131,37 @@ def watched(net):
             hook.remove()
 
 
-def image_url(image, kind="JPEG", **quality):
-    """An array (H, W, 3 or 4) uint8 -> a data URL, which an <img> takes as it is."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, **quality)
-    encoded = base64.b64encode(file.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{encoded}"
-
-
 def strip_url(frames):
-    """Frames (n, S, S, 3) uint8, side by side in one picture -> a data URL."""
+    """Frames (n, S, S, 3) uint8, side by side in one picture -> a data URL, which an <img> takes as
+    it is."""
     strip = torch.cat(list(frames.cpu()), 1).numpy()
-    return image_url(strip, quality=92, subsampling=0)
-
-
-def read_picture(url, size):
-    """A data URL of a PNG of size x size pixels -> (1, size, size, 3) uint8."""
-    try:
-        picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=["PNG"])
-        if picture.size != (size, size):  # before it is decoded, so a small file stays small
-            raise Refused(400, f"a picture of {size} x {size} pixels is needed")
-        pixels = np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, binascii.Error):
-        raise Refused(400, "that is no PNG picture") from None
-    return torch.from_numpy(pixels)[None]
+    file = io.BytesIO()
+    Image.fromarray(strip).save(file, "JPEG", quality=92, subsampling=0)
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/jpeg;base64,{encoded}"
 
 
 class Page:
-    """What the server knows of an open page: the person, the stream, and the sound so far."""
+    """What the server knows of the open page: the person, the stream, and the sound so far."""
 
-    def __init__(self, net, face=0, picture=None):
-        """net: a student, or the teacher. face: the seed of a drawn person; picture: a data URL of
-        a face, which is shown instead. The page lays dubs over its own picture by itself."""
+    def __init__(self, net, face=0):
+        """net: a student, or the teacher. face: the seed of a drawn person."""
         self.net = net
-        self.used = -math.inf  # when it last sent sound; so far, nothing is lost with it
         self.sound = Recording()
         self.chunks = 0
-        size = net.cfg.size
-        if picture is None:
-            seed = SPLITS["held-out"] + 2 * face
-            video = render_clip(seed, FACE_SECONDS * FPS, size).video
-            self.video = torch.cat([video, video[1:-1].flip(0)])  # there and back
-        else:
-            self.video = read_picture(picture, size)
-        blend = picture is None
-        if net.stage == "teacher":
-            self.streamer = TeacherStreamer(net, blend)
-        else:
-            self.streamer = Streamer(net, blend=blend)
+        seed = SPLITS["held-out"] + 2 * face
+        video = render_clip(seed, FACE_SECONDS * FPS, net.cfg.size).video
+        self.video = torch.cat([video, video[1:-1].flip(0)])  # there and back
+        self.streamer = TeacherStreamer(net) if net.stage == "teacher" else Streamer(net)
 
     def about(self):
         """What the page is told when it opens."""
-        size = self.net.cfg.size
-        mask = (255 * mouth_mask(size)).round().to(torch.uint8)[:, :, None]
-        white = torch.full((size, size, 3), 255, dtype=torch.uint8)
         return {
-            "size": size,
+            "size": self.net.cfg.size,
             "frames": 4 * self.net.cfg.chunk,  # of a chunk
             "samples": 4 * self.net.cfg.chunk * RATE // FPS,
             "ahead": AHEAD,
             "still": strip_url(self.video[:1]),
-            "mask": image_url(torch.cat([white, mask], 2).numpy(), "PNG"),
         }
 
     def step(self, samples):
@@ -223,9 +187,7 @@ class Page:
         else:
             source = pixels[None].to(self.net.mask.device)
             predictions = [x0 for _, _, x0 in passes if x0 is not None]
-            guesses = [
-                to_frames(self.net, x0, source, blend=self.streamer.blend)[0] for x0 in predictions
-            ]
+            guesses = [to_frames(self.net, x0, source)[0] for x0 in predictions]
             window = attention_window(self.chunks, cfg)
         answer = {
             "frames": strip_url(frames),
@@ -240,8 +202,8 @@ class Page:
 
 
 class Studio:
-    """The networks and the open pages. All that computes runs in one thread, one job at a time:
-    torch makes a team of threads for every thread that calls it."""
+    """The networks and the page that is open. All that computes runs in one thread, one job at a
+    time: torch makes a team of threads for every thread that calls it."""
 
     def __init__(self, student, teacher):
         self.nets = {"teacher": teacher}
@@ -250,50 +212,45 @@ class Studio:
             net.cfg = dataclasses.replace(student.cfg, num_steps=int(steps))
             self.nets[steps] = net
         self.worker = ThreadPoolExecutor(1)
-        self.pages = {}
-        self.lock = threading.Lock()
+        self.newest = None  # the name of the page that was asked for last
+        self.page = None
 
     def compute(self, function, *arguments):
         return self.worker.submit(function, *arguments).result()
 
     def open(self, request):
-        """{steps, face or picture, page: an earlier one that this replaces} -> Page.about."""
+        """{steps, face} -> the page's name and Page.about. An earlier page is closed."""
         net = self.nets.get(str(request.get("steps", "2")))
         face = request.get("face", 0)
-        picture = request.get("picture")
         if net is None or type(face) is not int or not 0 <= face < 1 << 20:
             raise Refused(
                 400, f"steps: one of {', '.join(STEP_CHOICES)}; face: a whole number from 0 on"
             )
-        if picture is not None and type(picture) is not str:
-            raise Refused(400, "a picture comes as a data URL")
-        page = self.compute(Page, net, face, picture)
         name = secrets.token_urlsafe(16)
-        with self.lock:
-            self.pages.pop(str(request.get("page")), None)
-            if len(self.pages) >= MAX_PAGES:
-                oldest = min(self.pages, key=lambda name: self.pages[name].used)
-                if time.monotonic() - self.pages[oldest].used < IDLE_SECONDS:
-                    raise Refused(503, f"{MAX_PAGES} pages are in use already; close one of them")
-                del self.pages[oldest]
-            self.pages[name] = page
-        return {"page": name, **page.about()}
+        self.newest = name
+        return self.compute(self.begin, name, net, face)
 
-    def page(self, name):
-        with self.lock:
-            page = self.pages.get(name)
-            if page is None:
-                raise Refused(
-                    410, "the server has closed this page, since another one needed its place"
-                )
-            page.used = time.monotonic()
-        return page
+    def begin(self, name, net, face):
+        """Render the person of a new page, unless a still newer one has been asked for."""
+        self.check(name)
+        self.page = Page(net, face)
+        return {"page": name, **self.page.about()}
 
-    def step(self, name, body):
-        page = self.page(name)
+    def check(self, name):
+        if self.newest is None:
+            raise Refused(410, "the server has been started again; reload this page")
+        if name != self.newest:
+            raise Refused(410, "a newer page has taken over; reload this one to speak here again")
+
+    def chunk(self, name, body):
+        """The samples of the page's next chunk, as bytes -> Page.step."""
         if len(body) % 4:
             raise Refused(400, "samples come as float32")
-        return self.compute(page.step, np.frombuffer(body, "<f4"))
+        return self.compute(self.step, name, np.frombuffer(body, "<f4"))
+
+    def step(self, name, samples):
+        self.check(name)
+        return self.page.step(samples)
 
     def say(self, request):
         """{text, voice} -> samples (n,) float32 at RATE, as bytes."""
@@ -304,10 +261,6 @@ class Studio:
         if str(voice) not in voices.LANGUAGES:
             raise Refused(400, f"the languages are {', '.join(voices.LANGUAGES)}")
         return self.compute(voices.say, text, voice).astype("<f4").tobytes()
-
-    def close(self, name):
-        with self.lock:
-            self.pages.pop(name, None)
 
 
 def split(address):
@@ -362,14 +315,11 @@ class Handler(BaseHTTPRequestHandler):
         name = parse_qs(url.query).get("page", [""])[0]
         body = self.body()
         if url.path == "/chunk":
-            self.json(200, studio.step(name, body))
+            self.json(200, studio.chunk(name, body))
         elif url.path == "/open":
             self.json(200, studio.open(parse(body)))
         elif url.path == "/say":
             self.answer(200, "application/octet-stream", studio.say(parse(body)))
-        elif url.path == "/close":
-            studio.close(name)
-            self.json(200, {})
         else:
             raise Refused(404, "there is no such place")
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -69,7 +70,6 @@ def request(server, method, path, body=b"", **headers):
 
 
 def opened(server, **wishes):
-    server.studio.pages.clear()
     status, page = request(server, "POST", "/open", wishes)
     assert status == 200, page
     return page
@@ -133,25 +133,6 @@ def test_it_tells_what_was_computed(server, steps):
         assert sum(a_pass["ms"] for a_pass in answer["passes"]) < answer["compute_ms"]
 
 
-def png(size, seed=0):
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), pixels
-
-
-def test_ones_own_picture(server):
-    size = server.studio.nets["2"].cfg.size
-    picture, pixels = png(size)
-    page = opened(server, picture=picture)
-    _, answer = post_chunk(server, page, 0)
-    frames = frames_of(answer["frames"], size)
-    mask = frames_of(page["mask"], size)
-    assert mask.shape[1:3] == (size, size)
-    upper = frames[:, : size // 2].float() - torch.from_numpy(pixels)[: size // 2].float()
-    assert upper.abs().mean() < 30  # JPEG of noise; another picture is 85 away
-
-
 def test_text(server):
     status, body = request(server, "POST", "/say", {"text": "Guten <Tag> & Abend", "voice": "de"})
     assert status == 200
@@ -166,14 +147,11 @@ POST /open []: 400: no JSON object
 POST /open {"face": -1}: 400: face: a whole number
 POST /open {"face": "../../etc/passwd"}: 400: face: a whole number
 POST /open {"steps": "3"}: 400: steps: one of 1, 2, 4, teacher
-POST /open {"steps": ["2"], "page": {}}: 400: steps: one of 1, 2, 4, teacher
-POST /open {"picture": "/etc/passwd"}: 400: no PNG picture
-POST /open {"picture": 7}: 400: a data URL
+POST /open {"steps": ["2"]}: 400: steps: one of 1, 2, 4, teacher
 POST /say {"text": "", "voice": "de"}: 400: 1 to 300 characters
 POST /say {"text": "a", "voice": "../de"}: 400: the languages are
 POST /say {"text": "a", "voice": ["de"]}: 400: the languages are
 POST /say {"text": "...", "voice": "de"}: 400: nothing to say
-POST /chunk?page=none {}: 410: needed its place
 """
 
 
@@ -217,27 +195,45 @@ def test_large_and_wrong_bodies(server):
     bad[100] = np.nan
     assert "NaN" in post_chunk(server, page, 0, bad)[1]["error"]
     assert post_chunk(server, page, 0)[0] == 200  # it was none the worse
-    size = server.studio.nets["2"].cfg.size
-    answer = request(server, "POST", "/open", {"picture": png(size + 1)[0]})[1]
-    assert f"{size} x {size}" in answer["error"]
 
 
-def test_at_most_four_pages(server, monkeypatch):
-    first = opened(server)
-    post_chunk(server, first, 0)
-    for _ in range(live.MAX_PAGES + 3):  # those that have sent nothing give way
-        last = request(server, "POST", "/open", {})[1]
-    assert len(server.studio.pages) == live.MAX_PAGES and first["page"] in server.studio.pages
-    for name in list(server.studio.pages):
-        post_chunk(server, {"page": name}, int(name == first["page"]))
-    status, answer = request(server, "POST", "/open", {})
-    assert status == 503 and "close one" in answer["error"]
-    assert request(server, "POST", "/open", {"page": last["page"]})[0] == 200  # in its own place
-    assert request(server, "POST", f"/close?page={first['page']}")[0] == 200
-    assert request(server, "POST", "/open", {})[0] == 200
-    monkeypatch.setattr(live, "IDLE_SECONDS", 0.0)
-    assert request(server, "POST", "/open", {})[0] == 200  # the longest unused one gives way
-    assert len(server.studio.pages) == live.MAX_PAGES
+def test_the_newest_page_takes_over(server):
+    server.studio.newest = None
+    status, answer = post_chunk(server, {"page": "before"}, 0)
+    assert status == 410 and "started again" in answer["error"]
+    older = opened(server)
+    assert post_chunk(server, older, 0)[0] == 200
+    newer = opened(server)
+    status, answer = post_chunk(server, older, 1)
+    assert status == 410 and "a newer page has taken over" in answer["error"]
+    assert post_chunk(server, newer, 0)[0] == 200
+
+
+def test_of_many_pages_asked_for_at_once_few_are_rendered(server, monkeypatch):
+    rendered = []
+
+    def render(seed, *rest):
+        rendered.append(seed)
+        return render_clip(seed, *rest)
+
+    monkeypatch.setattr(live, "render_clip", render)
+    busy = threading.Event()
+    server.studio.worker.submit(busy.wait)
+    answers = []
+
+    def ask(face):
+        answers.append(request(server, "POST", "/open", {"face": face}))
+
+    askers = [threading.Thread(target=ask, args=(face,)) for face in range(15)]
+    for asker in askers:
+        asker.start()
+    while server.studio.worker._work_queue.qsize() < 15:
+        time.sleep(0.01)
+    busy.set()
+    for asker in askers:
+        asker.join()
+    assert len(rendered) == 1
+    assert sorted(status for status, _ in answers) == [200] + 14 * [410]
 
 
 def test_what_cannot_be_served(server, student_file):
@@ -382,15 +378,24 @@ def test_a_text_is_said(tab):
     wait_for(tab, "nothing to say")
 
 
-def test_a_sound_file_and_a_picture_are_dropped(tab, sentence):
-    picture, _ = png(200)
-    tab.evaluate(DROP, [picture.partition(",")[2], "image/png", "face.png"])
-    wait_for(tab, "Drag the box")
+def test_a_sound_file_is_dropped(tab, sentence):
     sound = base64.b64encode(sentence[2].read_bytes()[: 3 * 32000]).decode()
     tab.evaluate(DROP, [sound, "audio/wav", "sound.wav"])
     wait_for_frames(tab, 12)
     tab.evaluate(DROP, ["AAAA", "audio/wav", "broken.wav"])
     wait_for(tab, "broken.wav: this browser cannot")
+
+
+def test_an_older_page_is_told_that_a_newer_one_has_taken_over(browser, bundled, tab):
+    tab.click("#microphone")
+    wait_for(tab, "Listening")
+    context = browser.new_context()
+    newer = context.new_page()
+    newer.goto(f"http://127.0.0.1:{bundled.server_port}/")
+    wait_for(tab, "a newer page has taken over")
+    assert tab.inner_text("#microphone") == "Microphone"
+    wait_for(newer, "Ready")
+    context.close()
 
 
 def test_the_microphone_is_refused(browser, bundled):
@@ -407,7 +412,6 @@ def test_reloads_leave_nothing_behind(tab, bundled):
     for _ in range(20):
         tab.reload()
     wait_for(tab, "Ready")
-    assert len(bundled.studio.pages) <= live.MAX_PAGES
     assert threading.active_count() < 20
 
 
