@@ -15,7 +15,9 @@ import dataclasses
 import io
 import ipaddress
 import json
+import os
 import secrets
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +43,8 @@ PAGE = Path(__file__).with_name("live.html")
 AHEAD = HOP * AUDIO_AHEAD + MEL_REACH  # samples that a chunk hears beyond its own
 GUIDANCE = 2.0  # of the teacher
 STEP_CHOICES = "1", "2", "4", "teacher"  # denoising steps of the student, or the teacher
+LOCAL = "127.0.0.1", "::1", "localhost"  # hosts that only this machine reaches
+ANY = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # all its addresses: one of them
 MAX_BODY = 1 << 20  # bytes of a request
 MAX_TEXT = 300  # characters
 # The page needs nothing but this server, and no other page may frame it.
@@ -258,6 +262,10 @@ class Studio:
         voice = request.get("voice")
         if type(text) is not str or not text.strip() or len(text) > MAX_TEXT:
             raise Refused(400, f"give a text of 1 to {MAX_TEXT} characters")
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise Refused(
+                400, "the text holds NUL, or half a character"
+            )
         if str(voice) not in voices.LANGUAGES:
             raise Refused(400, f"the languages are {', '.join(voices.LANGUAGES)}")
         return self.compute(voices.say, text, voice).astype("<f4").tobytes()
@@ -274,7 +282,7 @@ def parse(body):
     """The bytes of a JSON object -> dict."""
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         request = None
     if not isinstance(request, dict):
         raise Refused(400, "that is no JSON object")
@@ -340,7 +348,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise Refused(411, "a request needs its Content-Length")
-        if int(length) > MAX_BODY:
+        if len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:
             raise Refused(413, f"a request has at most {MAX_BODY} bytes")
         return self.rfile.read(int(length))
 
@@ -366,12 +374,24 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host, port, studio):
         self.studio = studio
         self.host = host
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        # It frees a port that was just given up. On Windows it would let a second server share the
+        # port of one that runs.
+        self.allow_reuse_address = os.name == "posix"
         super().__init__((host, port), Handler)
+
+    def url(self):
+        """An address that a browser on this machine can open."""
+        host = ANY.get(self.host, self.host)
+        if ":" in host:
+            host = f"[{host}]"
+        return f"http://{host}:{self.server_port}"
 
     def is_ours(self, name):
         """Is this a name that our pages know the server by?"""
-        if self.host in ("127.0.0.1", "localhost"):
-            return name in ("127.0.0.1", "localhost")
+        if self.host in LOCAL:
+            return name in LOCAL
         try:
             ipaddress.ip_address(name or "")  # nobody can point a number elsewhere
         except ValueError:
@@ -407,8 +427,8 @@ def serve(cfg):
     studio = Studio(*nets)
     try:
         server = Server(cfg.host, cfg.port, studio)
-    except OSError as e:
-        raise UserError(f"--host {cfg.host} --port {cfg.port}: {e.strerror}; try another") from None
+    except (OSError, OverflowError, UnicodeError) as e:  # taken; no port; no name
+        raise UserError(f"--host {cfg.host} --port {cfg.port}: {e}; try another") from None
     # The first passes of a network are slow, and nobody should wait for them.
     page = Page(studio.nets["2"])
     studio.compute(page.step, np.zeros(page.about()["samples"] + AHEAD, np.float32))
@@ -418,12 +438,12 @@ def serve(cfg):
 def main(argv):
     cfg = runtime.options(Options, argv, __doc__)
     server = serve(cfg)
-    if cfg.host not in ("127.0.0.1", "localhost"):
+    if cfg.host not in LOCAL:
         print(
             "Everybody who reaches this machine can use the page. (Elsewhere browsers let it play"
             " and record only through an ssh tunnel, or https.)"
         )
-    print(f"http://{cfg.host}:{server.server_port}    (Ctrl-C stops it)", flush=True)
+    print(f"{server.url()}    (Ctrl-C stops it)", flush=True)
     with server:
         server.serve_forever()
 

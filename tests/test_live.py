@@ -9,10 +9,12 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -144,6 +146,7 @@ GET /../live.py: 404: nothing but /
 GET /judge.pt: 404: nothing but /
 POST /nowhere {}: 404: no such place
 POST /open []: 400: no JSON object
+POST /open {"face": "\\ud800", "steps": "\\ud800"}: 400: steps: one of 1, 2, 4, teacher
 POST /open {"face": -1}: 400: face: a whole number
 POST /open {"face": "../../etc/passwd"}: 400: face: a whole number
 POST /open {"steps": "3"}: 400: steps: one of 1, 2, 4, teacher
@@ -152,6 +155,9 @@ POST /say {"text": "", "voice": "de"}: 400: 1 to 300 characters
 POST /say {"text": "a", "voice": "../de"}: 400: the languages are
 POST /say {"text": "a", "voice": ["de"]}: 400: the languages are
 POST /say {"text": "...", "voice": "de"}: 400: nothing to say
+POST /say {"text": "one \\u0000 two", "voice": "de"}: 400: half a character
+POST /say {"text": "one \\ud800 two", "voice": "de"}: 400: half a character
+POST /say {"text": "one", "voice": "\\ud800"}: 400: the languages are
 """
 
 
@@ -190,6 +196,11 @@ def test_large_and_wrong_bodies(server):
     length = {"Content-Length": str(live.MAX_BODY + 1)}
     assert request(server, "POST", "/open", b"", **length)[0] == 413
     assert request(server, "POST", "/open", b"", **{"Content-Length": "-1"})[0] == 411
+    endless = {"Content-Length": 5000 * "9"}
+    assert request(server, "POST", "/open", b"", **endless)[0] == 413
+    for path in ("/open", "/say"):
+        status, answer = request(server, "POST", path, 200_000 * b"[")
+        assert status == 400 and "no JSON object" in answer["error"]
     assert "1000 samples" in post_chunk(server, page, 0, NOISE[:1000])[1]["error"]
     bad = NOISE.copy()
     bad[100] = np.nan
@@ -239,8 +250,48 @@ def test_of_many_pages_asked_for_at_once_few_are_rendered(server, monkeypatch):
 def test_what_cannot_be_served(server, student_file):
     with pytest.raises(runtime.UserError, match="--port .* try another"):
         live.serve(live.Options(port=server.server_port, weights=str(student_file)))
+    for options in (dict(port=70_000), dict(port=0, host=70 * "a")):
+        with pytest.raises(runtime.UserError, match="try another"):
+            live.serve(live.Options(weights=str(student_file), **options))
     with pytest.raises(runtime.UserError, match="where a teacher is needed"):
         live.serve(live.Options(weights=str(student_file), teacher=str(student_file)))
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "ours", "foreign"),
+    [
+        ("::1", "http://[::1]:", ["[::1]", "localhost"], ["[::2]", "evil.example"]),
+        ("", "http://127.0.0.1:", ["127.0.0.1", "192.168.1.5", "localhost"], ["evil.example", ""]),
+        ("0.0.0.0", "http://127.0.0.1:", ["127.0.0.1"], ["evil.example"]),
+    ],
+)
+def test_other_hosts(host, address, ours, foreign):
+    try:
+        server = live.Server(host, 0, None)
+    except OSError as e:
+        pytest.skip(f"no such address on this machine: {e}")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        assert server.url() == f"{address}{server.server_port}"
+        for name in ours + foreign:
+            url = urlsplit(server.url())
+            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=60)
+            connection.request("GET", "/", headers={"Host": f"{name}:{url.port}"})
+            assert connection.getresponse().status == (200 if name in ours else 403), name
+            connection.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_on_windows_a_second_server_cannot_share_the_port(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(live.os, "name", "nt")
+        server = live.Server("127.0.0.1", 0, None)
+    assert server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == 0
+    server.server_close()
 
 
 # ---- In a browser, by the bundled student ----
