@@ -263,9 +263,7 @@ class Studio:
         if type(text) is not str or not text.strip() or len(text) > MAX_TEXT:
             raise Refused(400, f"give a text of 1 to {MAX_TEXT} characters")
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise Refused(
-                400, "the text holds NUL, or half a character"
-            )
+            raise Refused(400, "the text holds NUL, or half a character")
         if str(voice) not in voices.LANGUAGES:
             raise Refused(400, f"the languages are {', '.join(voices.LANGUAGES)}")
         return self.compute(voices.say, text, voice).astype("<f4").tobytes()

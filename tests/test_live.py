@@ -449,6 +449,136 @@ def test_an_older_page_is_told_that_a_newer_one_has_taken_over(browser, bundled,
     context.close()
 
 
+# Every microphone that the page is given, to see whether it is on.
+COUNT = """() => {
+  window.microphones = []
+  const devices = navigator.mediaDevices
+  const ask = devices.getUserMedia.bind(devices)
+  devices.getUserMedia = async (wish) => {
+    const stream = await ask(wish)
+    microphones.push(stream)
+    return stream
+  }
+}"""
+ON = "microphones.flatMap(m => m.getTracks()).filter(t => t.readyState == 'live').length"
+
+
+@pytest.mark.parametrize("what", ["the server is gone", "the server is busy", "the sound fails"])
+def test_the_microphone_does_not_stay_on_when_something_fails(tab, what):
+    tab.evaluate(COUNT)
+    if what == "the server is gone":
+        tab.route("**/open", lambda route: route.abort())
+    elif what == "the server is busy":
+        tab.route("**/open", lambda route: route.fulfill(status=503, body='{"error": "busy"}'))
+    else:
+        broken = "AudioContext.prototype.createMediaStreamSource = () => { throw Error('no') }"
+        tab.evaluate(f"() => {{ {broken} }}")
+    tab.click("#microphone")
+    tab.wait_for_function("() => document.getElementById('status').className == 'wrong'")
+    assert tab.evaluate("microphones.length") == 1 and tab.evaluate(ON) == 0
+    assert tab.inner_text("#microphone") == "Microphone"
+
+
+def test_two_quick_clicks_start_one_microphone(tab):
+    tab.evaluate(COUNT)
+    tab.evaluate(
+        "() => { for (let i = 0; i < 2; i++) document.getElementById('microphone').click() }"
+    )
+    wait_for(tab, "Listening")
+    assert tab.evaluate("microphones.length") == 1
+    tab.click("#microphone")
+    assert tab.evaluate(ON) == 0
+
+
+def test_a_sound_that_the_browser_stops_or_does_not_start(tab):
+    tab.click("#microphone")
+    wait_for(tab, "Listening")
+    tab.evaluate("context.suspend()")
+    wait_for(tab, "The browser has stopped its sound")
+    assert tab.inner_text("#microphone") == "Microphone"
+    tab.evaluate("() => { context.resume = () => new Promise(() => {}) }")
+    tab.click("#microphone")
+    wait_for(tab, "connect a loudspeaker")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        ("NotFoundError", "There is no microphone"),
+        ("NotAllowedError", "was refused"),
+        ("NotReadableError", "Another program"),
+        ("OverconstrainedError", "does not work (OverconstrainedError)"),
+    ],
+)
+def test_why_there_is_no_microphone(tab, error, words):
+    failing = "async () => { throw new DOMException('', error) }"
+    tab.evaluate(f"(error) => {{ navigator.mediaDevices.getUserMedia = {failing} }}", error)
+    tab.click("#microphone")
+    wait_for(tab, words)
+
+
+def test_a_microphone_that_is_muted_or_unplugged(tab):
+    tab.evaluate(COUNT)
+    tab.click("#microphone")
+    wait_for(tab, "Listening")
+    tab.evaluate("""() => {
+      const [track] = microphones[0].getTracks()
+      Object.defineProperty(track, "muted", {value: true, configurable: true})
+      track.dispatchEvent(new Event("mute"))
+    }""")
+    wait_for(tab, "microphone is muted")
+    tab.evaluate("""() => {
+      const [track] = microphones[0].getTracks()
+      Object.defineProperty(track, "muted", {value: false})
+      track.dispatchEvent(new Event("unmute"))
+    }""")
+    wait_for(tab, "Listening")
+    tab.evaluate("microphones[0].getTracks()[0].dispatchEvent(new Event('ended'))")
+    wait_for(tab, "was disconnected")
+    assert tab.inner_text("#microphone") == "Microphone"
+
+
+def test_an_old_browser_and_a_telephones_headset(tab):
+    tab.evaluate("() => { window.keep = AudioWorkletNode; window.AudioWorkletNode = undefined }")
+    tab.click("#microphone")
+    wait_for(tab, "too old")
+    tab.evaluate("""() => {
+      window.AudioWorkletNode = keep
+      const Context = AudioContext
+      window.AudioContext = class extends Context {
+        constructor(wish) { super(wish ?? {sampleRate: 8000}) }
+      }
+    }""")
+    tab.click("#microphone")
+    wait_for(tab, "Listening")
+    assert tab.evaluate("context.sampleRate") == 48000
+
+
+def test_the_same_file_twice(tab, sentence):
+    sound = dict(name="a.wav", mimeType="audio/wav", buffer=sentence[2].read_bytes()[:32000])
+    for _ in range(2):
+        tab.set_input_files("#sound", sound)
+        wait_for(tab, "Speaking")
+        wait_for(tab, "Ready")
+
+
+def test_fifteen_clicks_on_another_person(tab, bundled):
+    rendered = []
+    begin = bundled.studio.begin
+    bundled.studio.begin = lambda *given: rendered.append(begin(*given)) or rendered[-1]
+    try:
+        tab.evaluate(
+            "() => { for (let i = 0; i < 15; i++) document.getElementById('another').click() }"
+        )
+        wait_for(tab, "Ready")
+        tab.wait_for_function("() => !opening")
+    finally:
+        del bundled.studio.begin
+    assert tab.input_value("#face") == "18" and 1 <= len(rendered) < 8
+    tab.click("#microphone")
+    wait_for(tab, "Listening")
+
+
 def test_the_microphone_is_refused(browser, bundled):
     context = browser.new_context(permissions=[])
     page = context.new_page()
